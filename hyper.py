@@ -1,0 +1,1374 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "gymnasium-robotics==1.4.2",
+#     "mujoco==3.11.0",
+#     "dm_control==1.0.44",
+#     "shimmy==2.0.1",
+#     "minari[hdf5]==0.5.4",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""HyPER: Hybrid Policy Optimisation with Expert Resets, model-based (Ren, Swamy, Wu, Bagnell, Choudhury, "Hybrid Inverse
+Reinforcement Learning", arXiv 2402.08848).
+
+Imitation as a game: a reward player learns a cost that is low on expert and high on learner transitions; a policy player
+minimises it. The policy player is hybrid: its dynamics ensemble learns from expert AND learner transitions, and half of
+its imagined rollouts start at expert states. So it only has to compete with the expert, not with the best policy for
+each adversarial cost, and needs few real steps.
+
+    python hyper.py --env-id Ant-v4
+
+What to expect, after how many real steps, in how many minutes: docs/hyper.md.
+"""
+
+import contextlib
+import copy
+import csv
+import difflib
+import importlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple, NoReturn, Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Experiment
+    exp_name: str = "hyper"
+    """name of the experiment, part of the run folder's name"""
+    env_id: str = "Ant-v4"
+    """gymnasium id, "dm_control/walker-walk-v0" through shimmy, or "module:Env-v0" for your own"""
+    seed: int = 1
+    """seed of every random stream of the run"""
+    preset: Literal["default", "paper"] = "default"
+    """settings to start from; any other flag beats them. "paper" is the authors\' released setting"""
+    total_timesteps: int = 80_000
+    """steps taken in training environments: warm-up, training and cost rollouts, all counted"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks live; auto takes a GPU if there is one"""
+    num_threads: int = 1
+    """threads of torch on the CPU; several seeds side by side use a machine better than several threads"""
+    compile: bool = False
+    """torch.compile of the update functions: about a minute of warm-up, then faster"""
+    bf16: bool = False
+    """hidden layers in bfloat16 (autocast); weights, outputs, losses and optimisers stay float32"""
+    run_dir: Optional[str] = None
+    """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
+    checkpoint_every: int = 5_000
+    """env steps between checkpoints; 0 for none but the last"""
+    resume: Optional[str] = None
+    """folder of a run to continue exactly where its checkpoint stands"""
+    track: bool = False
+    """also log to Weights and Biases (pip install wandb)"""
+
+    # Environment and demonstrations
+    demos: Optional[str] = None
+    """an .npz file (demos/README.md) or "minari:mujoco/hopper/expert-v0"; default demos/<env-id>.npz"""
+    num_demos: int = 10
+    """trajectories used, the first ones of the file (paper: 64)"""
+    p_tremble: float = 0.0
+    """probability that a step executes a random action, in evaluation too (paper: 0.01, Humanoid 0.025)"""
+    termination: Optional[str] = None
+    """when imagined trajectories end: none, learned, or module:function of (obs, action, next_obs); known robots have a rule"""
+
+    # Policy
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """widths of the hidden layers of actor and critics"""
+    batch_size: int = 256
+    """transitions in a gradient step"""
+    actor_lr: float = 3e-4
+    """Adam step size of the actor"""
+    critic_lr: float = 3e-4
+    """Adam step size of the critics"""
+    alpha_lr: float = 3e-4
+    """Adam step size of log alpha"""
+    alpha: float = 0.2
+    """initial temperature; stays there without --autotune"""
+    autotune: bool = True
+    """learn alpha towards the target entropy"""
+    target_entropy: Optional[float] = None
+    """in nats, of actions scaled to [-1, 1]; default minus the action dimension"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """share of the critic that moves into the target critic at a target update"""
+    target_update_every: int = 1
+    """gradient steps between target updates"""
+    optimistic: bool = False
+    """optimistic Adam for actor and critic"""
+
+    # Dynamics model
+    model_data: Literal["hybrid", "learner"] = "hybrid"
+    """transitions the model learns from: expert and learner ones in equal parts, or only the learner's"""
+    model_members: int = 7
+    """networks in the ensemble"""
+    model_elites: int = 5
+    """members with the lowest hold-out error, which imagine"""
+    model_hidden_sizes: tuple[int, ...] = (200, 200, 200, 200)
+    """widths of a member's hidden layers (paper: Hopper, Ant, Humanoid 400)"""
+    model_lr: float = 1e-3
+    """Adam step size of the model (paper: 3e-4)"""
+    model_weight_decay: float = 5e-5
+    """L2 added to the model's gradients"""
+    model_batch_size: int = 256
+    """transitions of each member's minibatch"""
+    model_every: int = 250
+    """training steps between fits of the model, each followed by imagined rollouts (paper: 125)"""
+    model_patience: int = 10
+    """a fit ends after this many epochs in which no member improved its hold-out error by 1%"""
+    model_first_batches: int = 1_500
+    """most minibatches of the first fit; 0 for no limit (paper)"""
+    model_max_batches: int = 120
+    """most minibatches of a later fit; 0 for no limit (paper)"""
+    model_mean_clamp: float = 0.0
+    """bound of the predicted mean change; 0 for none (paper: Walker2d, Ant 40)"""
+    model_cosine: int = 0
+    """period in minibatches / 2 of the model's cosine step size; 0 for constant (paper: Walker2d 30,000)"""
+    hybrid_size: int = 0
+    """capacity of the model's first-in-first-out mix of expert and learner transitions, filled with the expert's first
+    (paper: 150,000); 0 draws half from all expert and half from all learner transitions"""
+
+    # Imagined rollouts
+    expert_start_prob: float = 0.5
+    """probability that imagined rollouts start at expert states instead of the learner's"""
+    start_coin: Literal["each", "call"] = "each"
+    """toss it for each start, or once for all starts of a call (paper)"""
+    rollouts_per_step: int = 40
+    """imagined trajectories for each training step (paper: 400)"""
+    rollout_schedule: tuple[int, int, int, int] = (0, 15, 1, 5)
+    """e0, e1, h0, h1: their length grows from h0 to h1 steps between epochs e0 and e1 of 1,000 training steps
+    (paper: 20 100 1 25)"""
+    rollout_retain: int = 2
+    """epochs of imagined transitions kept (paper: 1)"""
+    pessimism_coef: float = 0.0
+    """reward subtracted per unit of ensemble disagreement (not in the paper)"""
+
+    # Cost
+    cost_loss: Literal["logistic", "moment"] = "logistic"
+    """logistic discriminator with reward softplus(-f), or moment matching with reward -f (paper)"""
+    cost_data: Literal["recent", "rollout"] = "recent"
+    """learner transitions: of training, or of fresh episodes of the current policy in another environment (paper)"""
+    cost_window: int = 0
+    """with recent: how many of the last training transitions; 0 for all"""
+    cost_episodes: int = 4
+    """with rollout: episodes a round, every step counted"""
+    cost_every: int = 1
+    """training steps between rounds of one gradient step (paper: 1,000; Ant 200)"""
+    cost_batch_size: int = 256
+    """expert transitions, and learner transitions, of a round (paper: 4,096)"""
+    cost_lr: float = 1e-4
+    """step size (paper: 8e-4)"""
+    cost_restart: bool = False
+    """a new optimistic Adam with step size cost_lr / k in round k: steps along the gradient's sign (paper)"""
+    cost_weight_decay: float = 0.0
+    """L2 added to the cost's gradients (paper: Walker2d, Ant 5e-5)"""
+    cost_gp_weight: float = 10.0
+    """weight of the gradient penalty"""
+    cost_gp_target: float = 1.0
+    """gradient norm that the penalty asks for (paper: 0.4)"""
+    cost_members: int = 1
+    """networks of the cost (paper: 7)"""
+    cost_reduce: Literal["min", "mean", "max"] = "min"
+    """how their outputs become one cost; min is optimistic (paper), max pessimistic"""
+    cost_clamp: float = 0.0
+    """bound of the cost; 0 for none (paper: Walker2d, Ant 40)"""
+
+    # Algorithm
+    initial_steps: int = 1_000
+    """steps of the untrained policy before the first gradient step"""
+    updates_per_step: int = 10
+    """gradient steps of the policy each time (paper: Hopper, Ant 30; Walker2d, Humanoid 20)"""
+    update_every: int = 1
+    """training steps between them (paper: Walker2d, Humanoid 2)"""
+    real_share: float = 0.25
+    """share of real learner transitions in the policy's batch (paper: 0)"""
+    expert_share: float = 0.25
+    """share of expert transitions in the policy's batch (paper: 0); the rest is imagined"""
+    independent_actor_batch: bool = False
+    """draw other states for the actor's loss than for the critics' (paper)"""
+    lr_sawtooth: int = 0
+    """updates in which the step sizes of actor and critics fall to 0, restarted at each round of the cost; 0 for constant
+    (paper: Walker2d, Humanoid 10,000)"""
+    reset_every: int = 0
+    """training steps after which the episode is cut; 0 for never (paper: 1,000)"""
+
+    # Evaluation
+    eval_every: int = 1_000
+    """env steps between evaluations"""
+    eval_episodes: int = 5
+    """episodes of an evaluation: deterministic policy, true reward, environments of their own (paper: 10)"""
+    eval_only: bool = False
+    """evaluate (and record) the policy of --checkpoint, train nothing"""
+    checkpoint: Optional[str] = None
+    """a policy.pt or checkpoint.pt for --eval-only"""
+    capture_video: bool = False
+    """write a video of the first episode of each evaluation to videos/"""
+
+
+# Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
+_PAPER = dict(
+    num_demos=64, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
+    model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
+    rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout",
+    cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_gp_target=0.4, cost_members=7, p_tremble=0.01,
+    reset_every=1_000, eval_every=10_000, eval_episodes=10, total_timesteps=751_000,
+)  # fmt: skip
+_PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
+_PAPER_WALKER = dict(
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, autotune=False, updates_per_step=20, update_every=2, lr_sawtooth=10_000,
+    model_mean_clamp=40.0, model_cosine=30_000, cost_clamp=40.0, cost_weight_decay=5e-5,
+)  # fmt: skip
+_PAPER_ANT = dict(
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, autotune=False, updates_per_step=30, model_hidden_sizes=(400,) * 4,
+    model_mean_clamp=40.0, cost_clamp=40.0, cost_weight_decay=5e-5, cost_every=200, total_timesteps=3_151_000,
+)  # fmt: skip
+_PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42 of actions in [-1, 1]
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, target_entropy=-1.42, updates_per_step=20, update_every=2,
+    lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
+)  # fmt: skip
+PRESETS: dict[str, dict[str, dict]] = {
+    "default": {"Hopper-v4": dict(total_timesteps=40_000), "Hopper-v5": dict(total_timesteps=40_000)},
+    "paper": {"*": _PAPER}
+    | {f"Hopper-v{v}": _PAPER_HOPPER for v in (4, 5)}
+    | {f"Walker2d-v{v}": _PAPER_WALKER for v in (4, 5)}
+    | {f"HalfCheetah-v{v}": _PAPER_WALKER for v in (4, 5)}  # not in the released code; as Walker2d
+    | {f"Ant-v{v}": _PAPER_ANT for v in (4, 5)}
+    | {f"Humanoid-v{v}": _PAPER_HUMANOID for v in (4, 5)},
+}
+POSITIVE = ("total_timesteps", "num_threads", "hidden_sizes", "batch_size", "actor_lr", "critic_lr", "alpha_lr", "alpha")
+POSITIVE += ("target_update_every", "updates_per_step", "eval_every", "eval_episodes", "num_demos", "model_members")
+POSITIVE += ("model_elites", "model_hidden_sizes", "model_lr", "model_batch_size", "model_every", "model_patience", "initial_steps")
+POSITIVE += ("rollouts_per_step", "rollout_retain", "cost_episodes", "cost_every", "cost_batch_size", "cost_lr", "cost_members")
+POSITIVE += ("update_every",)
+FRACTIONS = ("gamma", "tau", "p_tremble", "expert_start_prob", "real_share", "expert_share")
+RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "num_threads", "track"}
+OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
+SCRIPT = Path(__file__).name
+
+
+# ---------------------------------------------------------------------------------------------- command line
+def fail(message: str) -> NoReturn:
+    """A mistake that the user can mend: one line on stderr, exit code 2, no traceback."""
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str]) -> Args:
+    """Dataclass defaults, then the preset (resuming: the run's own settings), then the command line."""
+
+    def cli(default: Args) -> Args:
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                return tyro.cli(Args, args=argv, default=default, description=__doc__)
+        except SystemExit as error:
+            if not error.code:
+                raise
+            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+            fail(" ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)))
+
+    args = cli(Args())
+    if args.resume:
+        try:
+            saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
+            saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({error})")
+        args = cli(replace(saved, resume=args.resume))
+        for name, value in asdict(args).items():
+            if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
+                fail(f"--resume: --{name.replace('_', '-')} was {getattr(saved, name)} and cannot become {value}")
+        return args
+    env_id = args.env_id
+    if args.eval_only and args.checkpoint and not any(word.startswith("--env-id") for word in argv):
+        env_id = load_policy(args.checkpoint)["env_id"]
+    settings = PRESETS[args.preset]
+    return cli(replace(Args(), env_id=env_id, **{**settings.get("*", {}), **settings.get(env_id, {})}))
+
+
+def check_args(args: Args) -> None:
+    """Numbers and combinations that cannot be."""
+    for name, value in asdict(args).items():
+        flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+        for number in (number for number in numbers if isinstance(number, (int, float))):
+            if not math.isfinite(number):
+                fail(f"{flag} must be finite, got {value}")
+            if name in POSITIVE and number <= 0:
+                fail(f"{flag} must be positive, got {value}")
+            if name in FRACTIONS and not 0 <= number <= 1:
+                fail(f"{flag} must be between 0 and 1, got {value}")
+            if number < 0 and name != "target_entropy":
+                fail(f"{flag} must not be negative, got {value}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no GPU that torch can use; take --device cpu")
+    if args.model_elites > args.model_members:
+        fail(f"--model-elites {args.model_elites}: the ensemble has only {args.model_members} members")
+    if args.real_share + args.expert_share > 1:
+        fail(f"--real-share {args.real_share} and --expert-share {args.expert_share} are more than the whole batch")
+    if args.eval_only != bool(args.checkpoint):
+        fail("--eval-only and --checkpoint PATH go together")
+
+
+# ---------------------------------------------------------------------------------------------- environment
+def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
+    """The environment with flat float observations and actions in [-1, 1].
+
+    Dict observations of boxes (dm_control, gymnasium-robotics) are concatenated; Ant and Humanoid observe positions and
+    velocities only (27 and 45 numbers), whatever their version adds to them.
+    """
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    if render_mode and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        if env_id.startswith("dm_control/"):
+            import shimmy
+
+            gym.register_envs(shimmy)
+        elif ":" not in env_id and env_id not in gym.registry:
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
+        env = gym.make(env_id, render_mode=render_mode)
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, n=3)
+        fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
+    space = env.observation_space
+    if isinstance(space, gym.spaces.Dict) and all(isinstance(part, gym.spaces.Box) for part in space.values()):
+        env = gym.wrappers.FlattenObservation(env)
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        fail(f"--env-id {env_id}: observations must be a vector (or a dict of vectors), not {space}")
+    if not isinstance(env.action_space, gym.spaces.Box) or not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        fail(f"--env-id {env_id}: actions must be a vector with finite bounds, not {env.action_space}")
+    robot = re.fullmatch(r"(\w+)-v[45]", env_id)
+    if robot and robot[1] in OBS_KEPT:
+        kept = OBS_KEPT[robot[1]]
+        env = gym.wrappers.TransformObservation(
+            env, lambda obs: obs[:kept], gym.spaces.Box(-np.inf, np.inf, (kept,), env.observation_space.dtype)
+        )
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+class ResumableEnv(gym.Wrapper):
+    """Draws the seed of every episode from one stream and remembers the episode's actions.
+
+    So any deterministic simulator can be put back exactly where a checkpoint left it: reset with the same seed, repeat
+    the actions. With probability p_tremble a step executes a uniformly random action instead (the trembling hand).
+    """
+
+    def __init__(self, env: gym.Env, seed: list[int], p_tremble: float = 0.0):
+        super().__init__(env)
+        self.rng, self.p_tremble = np.random.default_rng(seed), p_tremble
+        self.episode_seed, self.executed, self.episode_return, self.obs = 0, [], 0.0, None
+
+    def reset(self) -> np.ndarray:
+        """First observation [obs] of a new episode."""
+        self.episode_seed, self.executed, self.episode_return = int(self.rng.integers(2**31)), [], 0.0
+        self.obs, _ = self.env.reset(seed=self.episode_seed)
+        return self.obs
+
+    def step(self, action: np.ndarray):
+        """Executes `action` [act], in [-1, 1], or the trembled one."""
+        if self.p_tremble and self.rng.random() < self.p_tremble:
+            action = self.rng.uniform(-1, 1, action.shape).astype(np.float32)
+        self.executed.append(action)
+        self.obs, reward, terminated, truncated, info = self.env.step(action)
+        self.episode_return += float(reward)
+        return self.obs, float(reward), terminated, truncated, info
+
+    def state_dict(self) -> dict:
+        return dict(
+            rng=self.rng.bit_generator.state, episode_seed=self.episode_seed, episode_return=self.episode_return,
+            executed=torch.from_numpy(np.array(self.executed, np.float32)),
+        )  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rng.bit_generator.state = state["rng"]
+        self.obs, _ = self.env.reset(seed=state["episode_seed"])
+        self.executed = list(state["executed"].numpy())
+        for action in self.executed:
+            self.obs, *_ = self.env.step(action)
+        self.episode_seed, self.episode_return = state["episode_seed"], state["episode_return"]
+
+
+def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int) -> tuple[torch.Tensor, float]:
+    """Expert transitions [n, width] in the replay buffer's layout (actions in [-1, 1], rewards 0), and their mean return."""
+    data = load_minari(source[7:], env.observation_space.shape[0]) if source.startswith("minari:") else load_npz(source)
+    where, obs_dim, act_dim = f"--demos {source}:", env.observation_space.shape[0], env.action_space.shape[0]
+    for name in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations"):
+        if name not in data:
+            fail(f"{where} no array {name!r}; it has {', '.join(sorted(data))}")
+        n, dims = len(data["observations"]), dict(observations=obs_dim, next_observations=obs_dim, actions=act_dim).get(name)
+        shape, wanted = data[name].shape, (n, dims) if dims else (n,)
+        if shape != wanted and len(shape) == 2 and dims and shape[0] == n:
+            recorded = json.loads(str(data.get("metadata", "{}"))).get("env_id")
+            hint = f"recorded on {recorded}?" if recorded else "recorded on another version?"
+            fail(f"{where} {env_id} has {dims}-dim {name}, the file has {shape[1]}: {hint}")
+        if shape != wanted:
+            fail(f"{where} {name} must have shape {wanted}, has {shape}")
+        if not np.isfinite(data[name]).all():
+            fail(f"{where} {name} has a value that is not finite in row {int(np.argwhere(~np.isfinite(data[name]))[0, 0])}")
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    if (data["actions"] < low - 1e-4).any() or (data["actions"] > high + 1e-4).any():
+        found = f"[{data['actions'].min():.3g}, {data['actions'].max():.3g}]"
+        fail(f"{where} actions must lie in the environment's bounds [{low.min():.3g}, {high.max():.3g}], they span {found}")
+    ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
+    if not len(ends) or ends[-1] != len(data["rewards"]):
+        fail(f"{where} the last row must end an episode (terminations or truncations 1)")
+    if len(ends) < num_demos:
+        fail(f"{where} has {len(ends)} trajectories, --num-demos asks for {num_demos}")
+    n = ends[num_demos - 1]
+    actions = 2 * (data["actions"][:n] - low) / (high - low) - 1
+    columns = [data["observations"][:n], actions.clip(-1 + 1e-6, 1 - 1e-6), data["next_observations"][:n], np.zeros((n, 1)), data["terminations"][:n, None]]
+    return torch.from_numpy(np.concatenate(columns, 1, dtype=np.float32)), float(data["rewards"][:n].sum() / num_demos)
+
+
+def load_npz(path: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        fail(f"--demos {path}: not a readable .npz file ({str(error).splitlines()[0]})")
+
+
+def load_minari(name: str, obs_dim: int) -> dict[str, np.ndarray]:
+    """A Minari dataset in the same schema; columns beyond the environment's (contact forces) are cut."""
+    import minari
+
+    try:
+        episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
+    except Exception as error:  # what a failed download raises depends on the storage behind it
+        fail(f"--demos minari:{name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+
+    def flat(obs) -> np.ndarray:
+        obs = np.concatenate([flat(obs[key]) for key in sorted(obs)], -1) if isinstance(obs, dict) else np.asarray(obs)
+        return obs[:, :obs_dim] if obs_dim in OBS_KEPT.values() else obs
+
+    parts = [
+        dict(observations=flat(e.observations)[:-1], actions=e.actions, rewards=e.rewards, next_observations=flat(e.observations)[1:],
+             terminations=e.terminations, truncations=e.truncations | (np.arange(len(e.rewards)) == len(e.rewards) - 1) & ~e.terminations)
+        for e in episodes
+    ]  # fmt: skip
+    return {key: np.concatenate([part[key] for part in parts]).astype(np.float32) for key in parts[0]}
+
+
+# When an imagined trajectory ends: functions of next_obs [batch, obs] -> bool [batch]. The rules of the -v4 and -v5 robots.
+def hopper_terminates(next_obs: torch.Tensor) -> torch.Tensor:
+    healthy = (next_obs[:, 1:].abs() < 100).all(-1) & (next_obs[:, 0] > 0.7) & (next_obs[:, 1].abs() < 0.2)
+    return ~(healthy & next_obs.isfinite().all(-1))
+
+
+def walker2d_terminates(next_obs: torch.Tensor) -> torch.Tensor:
+    return ~((next_obs[:, 0] > 0.8) & (next_obs[:, 0] < 2.0) & (next_obs[:, 1].abs() < 1.0))
+
+
+def ant_terminates(next_obs: torch.Tensor) -> torch.Tensor:
+    return ~((next_obs[:, 0] >= 0.2) & (next_obs[:, 0] <= 1.0) & next_obs.isfinite().all(-1))
+
+
+def humanoid_terminates(next_obs: torch.Tensor) -> torch.Tensor:
+    return ~((next_obs[:, 0] >= 1.0) & (next_obs[:, 0] <= 2.0) & next_obs.isfinite().all(-1))
+
+
+def inverted_pendulum_terminates(next_obs: torch.Tensor) -> torch.Tensor:
+    return ~((next_obs[:, 1].abs() <= 0.2) & next_obs.isfinite().all(-1))
+
+
+def never_terminates(next_obs: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(next_obs), dtype=torch.bool, device=next_obs.device)
+
+
+TERMINATIONS = {
+    r"Hopper-v[45]": hopper_terminates, r"Walker2d-v[45]": walker2d_terminates, r"Ant-v[45]": ant_terminates,
+    r"Humanoid-v[45]": humanoid_terminates, r"InvertedPendulum-v[45]": inverted_pendulum_terminates,
+    r"(HalfCheetah|Swimmer|Reacher|Pusher|HumanoidStandup)-v[45]|Pendulum-v1|dm_control/.*": never_terminates,
+}  # fmt: skip
+
+
+def termination_rule(args: Args) -> Optional[Callable]:
+    """The function (obs, action, next_obs) -> bool [batch] that ends imagined trajectories; None if it is to be learned."""
+    if args.termination == "learned":
+        return None
+    if args.termination and args.termination != "none":
+        module, _, name = args.termination.partition(":")
+        sys.path.insert(0, os.getcwd())
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            fail(f"--termination {args.termination}: {error}")
+    rule = never_terminates if args.termination else None
+    for pattern, known in TERMINATIONS.items():
+        rule = rule or (known if re.fullmatch(pattern, args.env_id) else None)
+    if rule is None:
+        fail(f"--env-id {args.env_id}: no rule says when its imagined episodes end; give --termination none|learned|module:function")
+    return lambda obs, action, next_obs: rule(next_obs)
+
+
+class Batch(NamedTuple):
+    """Transitions, `[..., n]` a field; reward and terminated have no last dimension."""
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor
+    next_obs: torch.Tensor
+    terminated: torch.Tensor
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, one contiguous float32 row each: obs, action, next_obs, reward, terminated."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
+        self.widths = [obs_dim, act_dim, obs_dim, 1, 1]
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.added = 0
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, obs, action, reward, next_obs, terminated) -> None:
+        """One transition, of arrays and numbers."""
+        row = np.concatenate([obs, action, next_obs, [reward, terminated]], dtype=np.float32, casting="same_kind")
+        self.extend(torch.from_numpy(row)[None])
+
+    def extend(self, rows: torch.Tensor) -> None:
+        """Rows [n, width], oldest first."""
+        rows = rows[-len(self.rows) :]
+        index = torch.arange(self.added, self.added + len(rows), device=self.rows.device) % len(self.rows)
+        self.rows[index] = rows.to(self.rows.device)
+        self.added += len(rows)
+
+    def newest(self, n: int) -> torch.Tensor:
+        """The last n rows (or all there are), oldest first: [n, width]."""
+        n = min(n, len(self))
+        return self.rows[torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)]
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator, newest: Optional[int] = None) -> torch.Tensor:
+        """Rows [*shape, width], uniformly with replacement, from the `newest` ones if given."""
+        n = min(newest or len(self), len(self))
+        index = torch.randint(n, shape, generator=generator, device=self.rows.device)
+        return self.rows[(self.added - n + index) % len(self.rows)]
+
+    def resize(self, capacity: int) -> None:
+        """Changes the capacity, keeping the newest rows."""
+        kept = self.newest(capacity).clone()
+        self.rows, self.added = torch.zeros(capacity, kept.shape[1], device=kept.device), 0
+        self.extend(kept)
+
+    def split(self, rows: torch.Tensor) -> Batch:
+        """Rows [..., width] as a Batch."""
+        obs, action, next_obs, reward, terminated = rows.split(self.widths, -1)
+        return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.newest(len(self)).clone(), capacity=len(self.rows))
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows, self.added = torch.zeros(state["capacity"], self.rows.shape[1], device=self.rows.device), 0
+        self.extend(state["rows"])
+
+
+# ---------------------------------------------------------------------------------------------- networks
+class StackedLinear(nn.Module):
+    """n independent linear layers in one matrix product: [n, batch, fan_in] -> [n, batch, fan_out]."""
+
+    def __init__(self, n: int, fan_in: int, fan_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, fan_in, fan_out))
+        self.bias = nn.Parameter(torch.zeros(n, 1, fan_out))
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class StackedMLP(nn.Module):
+    """n independent multilayer perceptrons: [n, batch, sizes[0]] -> [n, batch, sizes[-1]]. The output layer is float32."""
+
+    def __init__(self, n: int, sizes: list[int], activation: Callable[[torch.Tensor], torch.Tensor] = F.relu):
+        super().__init__()
+        layers = [StackedLinear(n, fan_in, fan_out) for fan_in, fan_out in itertools.pairwise(sizes)]
+        self.hidden, self.output, self.activation = nn.ModuleList(layers[:-1]), layers[-1], activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.hidden:
+            x = self.activation(layer(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(x.float())
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy over actions in [-1, 1]. The noise is an argument, so that a gradient step is a pure function."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
+        super().__init__()
+        self.net = StackedMLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
+
+    def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Action [batch, act] and its log-probability [batch] at obs [batch, obs], from standard normal noise [batch, act]."""
+        mean, log_std = self.net(obs[None])[0].chunk(2, -1)
+        log_std = log_std.clamp(-20, 2)
+        raw = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log of d tanh(raw) / d raw
+        return raw.tanh(), log_prob.sum(-1)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, generator: Optional[torch.Generator] = None) -> np.ndarray:
+        """Action [act] at obs [obs]: sampled with a generator, deterministic (the mean) without."""
+        device = next(self.parameters()).device
+        mean, log_std = self.net(torch.as_tensor(obs, dtype=torch.float32, device=device)[None, None])[0, 0].chunk(2, -1)
+        if generator is not None:
+            mean = mean + log_std.clamp(-20, 2).exp() * torch.randn(mean.shape, generator=generator, device=device)
+        return mean.tanh().cpu().numpy()
+
+
+class Critic(nn.Module):
+    """Twin action values."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
+        super().__init__()
+        self.net = StackedMLP(2, [obs_dim + act_dim, *hidden_sizes, 1])
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Q [2, batch] of obs [batch, obs] and action [batch, act]."""
+        return self.net(torch.cat([obs, action], -1).expand(2, -1, -1)).squeeze(-1)
+
+
+class Adam(nn.Module):
+    """Adam over a fixed list of parameters, or optimistic Adam, which steps along 2 g_t - g_{t-1}.
+
+    Its state is made of buffers and its step of tensor operations, so that a compiled gradient step has no Python in it.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, optimistic: bool = False):
+        super().__init__()
+        self.params, self.weight_decay, self.optimistic = list(params), weight_decay, optimistic
+        self.mean = nn.ParameterList([nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in self.params])
+        self.square = nn.ParameterList([nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in self.params])
+        self.register_buffer("lr", torch.tensor(lr))
+        self.register_buffer("steps", torch.zeros(()))
+
+    @torch.no_grad()
+    def step(self, grads) -> None:
+        """One step along the gradients, in the order of the parameters."""
+        mean, square = list(self.mean), list(self.square)
+        if self.weight_decay:
+            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
+        self.steps += 1
+        scale = self.lr * torch.sqrt(1 - 0.999**self.steps) / (1 - 0.9**self.steps)
+        if self.optimistic:
+            torch._foreach_add_(self.params, self._direction(mean, square, scale))
+            scale = 2 * scale
+        torch._foreach_lerp_(mean, grads, 0.1)
+        torch._foreach_lerp_(square, torch._foreach_mul(grads, grads), 0.001)
+        torch._foreach_sub_(self.params, self._direction(mean, square, scale))
+
+    @torch.no_grad()
+    def restart(self, lr: float) -> None:
+        """Forgets all moments."""
+        for tensor in (*self.mean, *self.square, self.steps):
+            tensor.zero_()
+        self.lr.fill_(lr)
+
+    @staticmethod
+    def _direction(mean, square, scale):
+        root = torch._foreach_sqrt(square)
+        torch._foreach_add_(root, 1e-8)
+        return torch._foreach_mul(torch._foreach_div(mean, root), scale)
+
+
+class Agent(nn.Module):
+    """Actor, twin critics, temperature, and their optimisers."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, act_dim, args.hidden_sizes)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
+        self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
+        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr, optimistic=args.optimistic)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, optimistic=args.optimistic)
+        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
+
+
+class EnsembleDynamics(nn.Module):
+    """Probabilistic ensemble: each member gives a Gaussian over next_obs - obs (Chua et al. 2018, as in MBPO)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.net = StackedMLP(args.model_members, [obs_dim + act_dim, *args.model_hidden_sizes, 2 * obs_dim], F.silu)
+        for layer in (*self.net.hidden, self.net.output):
+            std = 0.5 * layer.weight.shape[1] ** -0.5
+            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+        self.mean_clamp = args.model_mean_clamp
+        self.register_buffer("input_mean", torch.zeros(obs_dim + act_dim))
+        self.register_buffer("input_std", torch.ones(obs_dim + act_dim))
+        self.register_buffer("target_std", torch.ones(obs_dim))
+        self.register_buffer("elites", torch.arange(args.model_elites))
+
+    def set_normaliser(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Mean and standard deviation of inputs [n, obs + act], and the deviation of targets [n, obs], in double precision."""
+        inputs, targets = inputs.double(), targets.double()
+        self.input_mean.copy_(inputs.mean(0))
+        self.input_std.copy_(torch.where(inputs.std(0) < 1e-12, 1.0, inputs.std(0)))
+        self.target_std.copy_(targets.std(0).clamp(min=1e-6))
+
+    def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-variance, [members, batch, obs] each, of inputs [members, batch, obs + act]."""
+        mean, log_var = self.net((inputs - self.input_mean) / self.input_std).chunk(2, -1)
+        if self.mean_clamp:
+            mean = mean.clamp(-self.mean_clamp, self.mean_clamp)
+        log_var = 0.5 - F.softplus(0.5 - log_var)
+        return mean, F.softplus(log_var + 10) - 10
+
+    def forward_elites(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As forward, of the elites alone: [elites, batch, ...]."""
+        params = {name: parameter[self.elites] for name, parameter in self.named_parameters()}
+        return torch.func.functional_call(self, params, (inputs,))
+
+    def sample(self, obs: torch.Tensor, action: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """next_obs [batch, obs], each from one elite: a random permutation deals them out in equal parts (TS1)."""
+        inputs, n, members = torch.cat([obs, action], -1), len(obs), len(self.elites)
+        order = torch.randperm(n, generator=generator, device=obs.device)
+        dealt = torch.cat([order, order[: -n % members]]) if n >= members else order.repeat(members)[:members]
+        mean, log_var = self.forward_elites(inputs[dealt].view(members, -1, inputs.shape[-1]))
+        noise = torch.randn(mean.shape, generator=generator, device=obs.device)
+        change = (mean + (0.5 * log_var).exp() * noise).flatten(0, 1)
+        return obs + torch.empty_like(obs).index_copy_(0, order, change[:n])
+
+    def disagreement(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of the elites' means in units of the data's change, averaged over dimensions: [batch]."""
+        mean, _ = self.forward_elites(torch.cat([obs, action], -1).expand(len(self.elites), -1, -1))
+        return (mean.std(0) / self.target_std).mean(-1)
+
+
+class Cost(nn.Module):
+    """Ensemble of cost functions of (obs, action), reduced to one: low on expert, high on learner transitions."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.net = StackedMLP(args.cost_members, [obs_dim + act_dim, 256, 256, 1])
+        self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
+        for layer in (*self.net.hidden, self.net.output):
+            for weight in layer.weight.detach():
+                nn.init.orthogonal_(weight)
+            nn.init.uniform_(layer.bias, -(layer.weight.shape[1] ** -0.5), layer.weight.shape[1] ** -0.5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Cost [batch] of inputs [batch, obs + act]."""
+        cost = self.net(inputs.expand(len(self.net.output.weight), -1, -1)).squeeze(-1)
+        if self.clamp:
+            cost = cost.clamp(-self.clamp, self.clamp)
+        return {"min": cost.amin, "mean": cost.mean, "max": cost.amax}[self.reduce](0)
+
+    @torch.no_grad()
+    def reward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """What the policy maximises, [...], at obs [..., obs] and action [..., act]."""
+        inputs = torch.cat([obs, action], -1)
+        cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
+        return F.softplus(-cost).clamp(max=10) if self.logistic else -cost
+
+
+class LearnedTermination(nn.Module):
+    """Probability that an episode ends at next_obs, for environments whose rule is not known."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        self.net = StackedMLP(1, [obs_dim, 64, 64, 1])
+        self.optimizer = Adam(self.net.parameters(), 1e-3)
+        self.register_buffer("mean", torch.zeros(obs_dim))
+        self.register_buffer("std", torch.ones(obs_dim))
+
+    def forward(self, next_obs: torch.Tensor) -> torch.Tensor:
+        """Logit [batch] of next_obs [batch, obs]."""
+        return self.net(((next_obs - self.mean) / self.std)[None])[0, :, 0]
+
+    def fit(self, batch: Batch, steps: int, generator: torch.Generator) -> None:
+        """Logistic regression on the transitions `batch` [n, ...], in minibatches of 256."""
+        self.mean.copy_(batch.next_obs.mean(0))
+        self.std.copy_(batch.next_obs.std(0).clamp(min=1e-6))
+        for _ in range(steps):
+            index = torch.randint(len(batch.obs), (256,), generator=generator, device=batch.obs.device)
+            loss = F.binary_cross_entropy_with_logits(self(batch.next_obs[index]), batch.terminated[index])
+            self.optimizer.step(torch.autograd.grad(loss, self.optimizer.params))
+
+
+# ---------------------------------------------------------------------------------------------- gradient steps
+def sac_update(agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step of critics, actor and temperature (arXiv 1812.05905, eqs. 6, 9, 18).
+
+    `batch` has [batch, ...] fields, `actor_obs` [batch, obs] are the states of the actor's and temperature's loss,
+    `noise` [2, batch, act] is standard normal. Returns scalars to log.
+    """
+    alpha = agent.log_alpha.detach().exp()
+    with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.no_grad():
+            next_action, next_log_prob = agent.actor(batch.next_obs, noise[0])
+            next_value = agent.target_critic(batch.next_obs, next_action).amin(0) - alpha * next_log_prob
+            target = batch.reward + args.gamma * (1 - batch.terminated) * next_value
+        q = agent.critic(batch.obs, batch.action)
+        critic_loss = (q - target).square().mean(1).sum()
+    agent.critic_optimizer.step(torch.autograd.grad(critic_loss, agent.critic_optimizer.params))
+
+    with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
+        action, log_prob = agent.actor(actor_obs, noise[1])
+        actor_loss = (alpha * log_prob - agent.critic(actor_obs, action).amin(0)).mean()
+    agent.actor_optimizer.step(torch.autograd.grad(actor_loss, agent.actor_optimizer.params))
+
+    entropy = -log_prob.detach().mean()
+    if args.autotune:  # gradient of log_alpha * (entropy - target entropy)
+        agent.alpha_optimizer.step([entropy - agent.target_entropy])
+    return {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(), "losses/q": q.detach().mean(),
+            "losses/entropy": entropy, "losses/alpha": alpha}  # fmt: skip
+
+
+@torch.no_grad()
+def target_update(agent: Agent, tau: float) -> None:
+    """Moves the target critics a share tau towards the critics."""
+    torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), tau)
+
+
+def dynamics_update(dynamics: EnsembleDynamics, optimizer: Adam, inputs: torch.Tensor, targets: torch.Tensor, args: Args) -> torch.Tensor:
+    """One gradient step on the Gaussian negative log-likelihood (times two, without its constant).
+
+    Inputs [members, batch, obs + act], targets next_obs - obs [members, batch, obs]. Returns the mean over members.
+    """
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.bf16):
+        mean, log_var = dynamics(inputs)
+    loss = ((mean - targets).square() * (-log_var).exp() + log_var).mean((1, 2)).sum()
+    optimizer.step(torch.autograd.grad(loss, optimizer.params))
+    return loss.detach() / len(inputs)
+
+
+def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torch.Tensor, mix: torch.Tensor, args: Args) -> dict:
+    """One gradient step of the cost f on expert and learner inputs [batch, obs + act], with mix [batch, 1] in [0, 1].
+
+    moment: mean f(expert) - mean f(learner); logistic: f is the logit of "learner". Both with the penalty
+    (|grad f| - target)^2 on points between the two.
+    """
+    on_expert, on_learner = cost(expert), cost(learner)
+    if args.cost_loss == "moment":
+        loss = on_expert.mean() - on_learner.mean()
+    else:
+        loss = F.softplus(on_expert).mean() + F.softplus(-on_learner).mean()
+    between = mix * expert + (1 - mix) * learner
+    slope = torch.func.grad(lambda x: cost(x).sum())(between)
+    penalty = ((slope.square().sum(-1) + 1e-12).sqrt() - args.cost_gp_target).square().mean()
+    optimizer.step(torch.autograd.grad(loss + args.cost_gp_weight * penalty, optimizer.params))
+    return {"losses/cost": loss.detach(), "losses/cost_gradient_penalty": penalty.detach()}
+
+
+# ---------------------------------------------------------------------------------------------- model
+def fit_dynamics(dynamics, optimizer, update, batch: Batch, weights: torch.Tensor, max_batches: int, args: Args, generator) -> dict[str, float]:
+    """Fits the ensemble to transitions `batch` [n, ...], drawn in proportion to weights [n].
+
+    A fifth is held out. Each member has its own bootstrap of the rest, fixed for the call. Epochs go on until
+    `model_patience` in a row bring no member 1% better on the hold-out set (or max_batches are done); then the weights of
+    the last epoch that improved any member come back, and the best members become the elites.
+    """
+    inputs, targets = torch.cat([batch.obs, batch.action], -1), batch.next_obs - batch.obs
+    n, members, device = len(inputs), args.model_members, inputs.device
+    order = torch.randperm(n, generator=generator, device=device)
+    held_out, rest = order[: n // 5], order[n // 5 :]
+    dynamics.set_normaliser(inputs, targets)
+    bootstrap = rest[torch.multinomial(weights[rest].expand(members, -1), len(rest), replacement=True, generator=generator)]
+
+    @torch.no_grad()
+    def hold_out_error() -> torch.Tensor:
+        mean, _ = dynamics(inputs[held_out].expand(members, -1, -1))
+        error = (mean - targets[held_out]).square().mean(-1)
+        return (error * weights[held_out]).sum(-1) / weights[held_out].sum()
+
+    best, snapshot, epochs_without, batches, loss = hold_out_error(), None, 0, 0, torch.tensor(0.0)
+    while epochs_without < args.model_patience and not (max_batches and batches >= max_batches):
+        columns = torch.randperm(len(rest), generator=generator, device=device).split(args.model_batch_size)
+        for index in columns[: max_batches - batches if max_batches else None]:
+            if args.model_cosine:
+                optimizer.lr.fill_(0.5 * args.model_lr * (1 + math.cos(math.pi * float(optimizer.steps) / args.model_cosine)))
+            rows = bootstrap[:, index]
+            loss = update(dynamics, optimizer, inputs[rows], targets[rows], args)
+            batches += 1
+        error = hold_out_error()
+        improved = (best - error) / best.abs() > 0.01
+        epochs_without = 0 if improved.any() else epochs_without + 1
+        best = torch.where(improved, error, best)
+        if improved.any():
+            snapshot = copy.deepcopy(dynamics.net.state_dict())
+    if snapshot is not None:
+        dynamics.net.load_state_dict(snapshot)
+    dynamics.elites.copy_(best.argsort()[: args.model_elites])
+    return {"model/hold_out_mse": float(best.mean()), "losses/model": float(loss), "model/batches": float(batches)}
+
+
+def rollout_length(schedule: tuple[int, int, int, int], epoch: int) -> int:
+    """Steps of an imagined trajectory in an epoch, counted from 1."""
+    e0, e1, h0, h1 = schedule
+    return int(h0 + min(max((epoch - e0) / (e1 - e0), 0.0), 1.0) * (h1 - h0))
+
+
+@torch.no_grad()
+def imagine(dynamics, actor, obs: torch.Tensor, length: int, terminates, args: Args, generator) -> torch.Tensor:
+    """Rolls the sampled policy through the model from obs [n, obs]; returns transitions [m, width] in the buffer's layout.
+
+    The reward column holds minus the pessimism; the learned reward is added when a batch is drawn.
+    """
+    rows = []
+    for _ in range(length):
+        noise = torch.randn(len(obs), actor.net.output.bias.shape[-1] // 2, generator=generator, device=obs.device)
+        action, _ = actor(obs, noise)
+        next_obs = dynamics.sample(obs, action, generator)
+        done = terminates(obs, action, next_obs)
+        reward = -args.pessimism_coef * dynamics.disagreement(obs, action) if args.pessimism_coef else torch.zeros_like(obs[:, 0])
+        row = torch.cat([obs, action, next_obs, reward[:, None], done[:, None].float()], -1)
+        rows.append(row[row.isfinite().all(-1)])
+        obs = next_obs[~done & next_obs.isfinite().all(-1)]
+        if not len(obs):
+            break
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def model_error(dynamics: EnsembleDynamics, batch: Batch, length: int) -> float:
+    """Root mean square error of the elites' mean prediction `length` steps ahead along consecutive real transitions
+    [n, ...], with the real actions, in units of each observation's standard deviation; NaN if there is no such stretch."""
+    same_episode = (batch.next_obs[:-1] == batch.obs[1:]).all(-1).float()
+    stretch = torch.ones(max(len(batch.obs) - length + 1, 0), dtype=torch.bool, device=batch.obs.device)
+    for k in range(length - 1):
+        stretch &= same_episode[k : k + len(stretch)] > 0
+    start = stretch.nonzero()[:, 0]
+    obs = batch.obs[start]
+    for k in range(length):
+        inputs = torch.cat([obs, batch.action[start + k]], -1)
+        obs = obs + dynamics.forward_elites(inputs.expand(len(dynamics.elites), -1, -1))[0].mean(0)
+    error = (obs - batch.next_obs[start + length - 1]) / batch.obs.std(0).clamp(min=1e-6)
+    return float(error.square().mean().sqrt())
+
+
+# ---------------------------------------------------------------------------------------------- evaluation and logs
+def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0) -> dict[str, float]:
+    """Deterministic episodes of the true reward. The same seed gives the same episodes."""
+    env, returns, lengths, successes = ResumableEnv(env, seed, p_tremble), [], [], []
+    for _ in range(episodes):
+        obs, done, success = env.reset(), False, float("nan")
+        while not done:
+            obs, _, terminated, truncated, info = env.step(actor.act(obs))
+            if "success" in info or "is_success" in info:
+                success = np.fmax(success, float(info.get("success", info.get("is_success"))))
+            done = terminated or truncated
+        returns.append(env.episode_return)
+        lengths.append(len(env.executed))
+        successes.append(success)
+    return dict(eval_return_mean=float(np.mean(returns)), eval_return_std=float(np.std(returns)),
+                eval_success_rate=float(np.mean(successes)), eval_length_mean=float(np.mean(lengths)))  # fmt: skip
+
+
+class Log:
+    """progress.csv, TensorBoard and the means of metrics in between, kept on the device so that nothing waits for them."""
+
+    def __init__(self, run_dir: Path, args: Args, env_steps: int = 0):
+        self.run_dir, self.rows, self.sums, self.counts = run_dir, [], {}, {}
+        self.started, self.wall_time_before = time.time(), 0.0
+        if args.track:
+            import wandb
+
+            wandb.init(project="hybrid-irl", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(run_dir), purge_step=env_steps or None)
+        self.bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", smoothing=0.02, dynamic_ncols=True)
+
+    def add(self, metrics: dict[str, torch.Tensor | float]) -> None:
+        """Adds to the means that the next row will show."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def row(self, env_steps: int, updates: int, evaluation: dict[str, float], expert_return: float) -> None:
+        """One line of progress.csv: the evaluation and the means since the last one."""
+        check_finite(self.sums, env_steps)
+        means = {name: float(total) / self.counts[name] for name, total in sorted(self.sums.items())}
+        self.sums, self.counts = {}, {}
+        for name, value in means.items():
+            self.writer.add_scalar(name, value, env_steps)
+        for name, value in evaluation.items():
+            self.writer.add_scalar(name.replace("_", "/", 1), value, env_steps)
+        fixed = dict(env_steps=env_steps, updates=updates, wall_time_s=round(self.wall_time(), 1), **evaluation)
+        self.rows.append({**fixed, "expert_return": expert_return, **means})
+        self.write()
+        of_expert = f" of {expert_return:.0f}" if math.isfinite(expert_return) else ""
+        self.bar.set_postfix_str(f"return {evaluation['eval_return_mean']:.0f}{of_expert}")
+
+    def write(self) -> None:
+        """Rewrites progress.csv; a metric that had no value yet stays empty."""
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.run_dir / "progress.csv", lambda file: file.write(text.getvalue().encode()))
+
+    def wall_time(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.wall_time_before + time.time() - self.started
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows, sums=self.sums, counts=self.counts, wall_time=self.wall_time())
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows, self.sums, self.counts = state["rows"], state["sums"], state["counts"]
+        self.wall_time_before = state["wall_time"]
+        self.write()
+
+
+def check_finite(values: dict[str, torch.Tensor | float], env_steps: int) -> None:
+    """Stops the run, before anything is overwritten, if a loss or a parameter is not a finite number."""
+    for name, value in values.items():
+        if not torch.isfinite(torch.as_tensor(value)).all():
+            fail(f"{name} is not finite at env step {env_steps}; the last good checkpoint is kept")
+
+
+# ---------------------------------------------------------------------------------------------- files
+def write_atomically(path: Path, write: Callable) -> None:
+    """A crash or a full disk at any moment leaves the previous file as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}); the previous one is kept")
+
+
+def make_run_dir(args: Args) -> Path:
+    """The run's folder, with args.json: settings, versions, commit and machine."""
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_dir or Path("runs") / name)
+    if (run_dir / "args.json").exists():
+        fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    about = dict(
+        script=SCRIPT, args=asdict(args), commit=git.stdout.strip() or None, python=platform.python_version(),
+        versions={name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}, machine=platform.machine(),
+    )  # fmt: skip
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {run_dir}: {error.strerror}")
+    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+    return run_dir
+
+
+def save_checkpoint(run_dir: Path, parts: dict, counters: dict[str, int], policy: dict) -> None:
+    """checkpoint.pt: everything that `parts` (objects with a state_dict) and the random streams among them hold."""
+    env_steps = counters["env_steps"]
+    check_finite({f"{name}.{k}": p for name, part in parts.items() if isinstance(part, nn.Module) for k, p in part.named_parameters()}, env_steps)
+    states = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
+    content = dict(script=SCRIPT, counters=counters, policy=policy, parts=states)
+    write_atomically(run_dir / "checkpoint.pt", lambda file: torch.save(content, file))
+
+
+def load_checkpoint(run_dir: Path, parts: dict) -> dict[str, int]:
+    """Puts every part back where checkpoint.pt left it and returns the counters."""
+    content = read_torch_file(run_dir / "checkpoint.pt")
+    if content.get("script") != SCRIPT or content.get("parts", {}).keys() != parts.keys():
+        fail(f"{run_dir / 'checkpoint.pt'}: written by {content.get('script', 'another program')}, not by this {SCRIPT}")
+    try:
+        for name, part in parts.items():
+            state = content["parts"][name]
+            part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        fail(f"{run_dir / 'checkpoint.pt'}: does not fit this run ({str(error).splitlines()[0]})")
+    return content["counters"]
+
+
+def read_torch_file(path: Path) -> dict:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
+    return content if isinstance(content, dict) else {}
+
+
+def policy_content(agent: Agent, env: gym.Env, args: Args, env_steps: int) -> dict:
+    """What policy.pt holds: a whole policy, loadable with weights_only=True."""
+    space = env.unwrapped.action_space
+    return dict(
+        script=SCRIPT, env_id=args.env_id, env_steps=env_steps, obs_dim=env.observation_space.shape[0], act_dim=space.shape[0],
+        action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(args.hidden_sizes),
+        actor={k: v.cpu().clone() for k, v in agent.actor.state_dict().items()}, args=asdict(args),
+    )  # fmt: skip
+
+
+def load_policy(path: str) -> dict:
+    """The policy in a policy.pt or checkpoint.pt."""
+    content = read_torch_file(Path(path))
+    content = content.get("policy", content)
+    if not {"actor", "env_id", "obs_dim", "act_dim", "hidden_sizes"} <= content.keys():
+        fail(f"--checkpoint {path}: holds no policy")
+    return content
+
+
+def evaluate_policy(args: Args) -> dict:
+    """--eval-only: the deterministic policy of --checkpoint. Returns the policy's content with its actor built."""
+    policy = load_policy(args.checkpoint)
+    env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    if dims != (policy["obs_dim"], policy["act_dim"]):
+        fail(f"--checkpoint {args.checkpoint}: made for {policy['env_id']} ({policy['obs_dim']} observations, {policy['act_dim']} "
+             f"actions); {args.env_id} has {dims[0]} and {dims[1]}")  # fmt: skip
+    if args.capture_video:
+        env = record_video(env, Path(args.run_dir or "videos"), 0)
+    actor = Actor(*dims, tuple(policy["hidden_sizes"]))
+    actor.load_state_dict(policy["actor"])
+    result = evaluate(actor, env, args.eval_episodes, [args.seed, 1, 0], getattr(args, "p_tremble", 0.0))
+    env.close()
+    print(f"{args.env_id}: return {result['eval_return_mean']:.1f} +- {result['eval_return_std']:.1f} over {args.eval_episodes} episodes, "
+          f"mean length {result['eval_length_mean']:.0f}, success rate {result['eval_success_rate']:.2f}")  # fmt: skip
+    return {**policy, "actor": actor, **result}
+
+
+def record_video(env: gym.Env, folder: Path, env_steps: int) -> gym.Env:
+    """Films the first episode of an evaluation."""
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")
+    return gym.wrappers.RecordVideo(env, str(folder), lambda episode: episode == 0, name_prefix=f"step-{env_steps}", disable_logger=True)
+
+
+class StopSignal:
+    """Remembers SIGINT or SIGTERM, so that the loop can save a checkpoint first. A second one stops at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number: int, frame) -> None:
+        if self.received:
+            raise SystemExit(128 + number)
+        self.received = number
+
+
+# ---------------------------------------------------------------------------------------------- training
+def train(args: Args) -> dict:
+    """HyPER (arXiv 2402.08848, algorithm 4). Returns the last row of progress.csv."""
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    streams = {}
+    names = ("replay", "policy", "model", "rollout", "cost")
+    for name, seed in zip(names, np.random.SeedSequence(args.seed).generate_state(len(names)), strict=True):
+        streams[name] = torch.Generator(device).manual_seed(int(seed))
+
+    env = ResumableEnv(make_env(args.env_id), [args.seed, 0], args.p_tremble)
+    cost_env = ResumableEnv(make_env(args.env_id), [args.seed, 2], args.p_tremble)
+    eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    demos = args.demos or str(Path(__file__).parent / "demos" / f"{re.sub('[/:]', '-', args.env_id)}.npz")
+    expert_rows, expert_return = load_demos(demos, args.env_id, env, args.num_demos)
+    terminates = termination_rule(args)
+
+    agent = Agent(obs_dim, act_dim, args).to(device)
+    dynamics = EnsembleDynamics(obs_dim, act_dim, args).to(device)
+    dynamics_optimizer = Adam(dynamics.parameters(), args.model_lr, args.model_weight_decay).to(device)
+    cost = Cost(obs_dim, act_dim, args).to(device)
+    cost_optimizer = Adam(cost.parameters(), args.cost_lr, args.cost_weight_decay, optimistic=args.cost_restart).to(device)
+    expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D_E
+    expert.extend(expert_rows)
+    real = ReplayBuffer(args.total_timesteps + args.initial_steps, obs_dim, act_dim, device)  # D_pi
+    hybrid = ReplayBuffer(args.hybrid_size or 1, obs_dim, act_dim, device)  # D_hyb, if it is a queue of its own
+    hybrid.extend(expert_rows if args.hybrid_size else expert_rows[:0])
+    imagined = ReplayBuffer(1, obs_dim, act_dim, device)  # D_model
+    parts = dict(agent=agent, dynamics=dynamics, dynamics_optimizer=dynamics_optimizer, cost=cost, cost_optimizer=cost_optimizer)
+    parts |= dict(real=real, hybrid=hybrid, imagined=imagined, env=env, cost_env=cost_env, **streams)
+    if terminates is None:
+        learned = parts["learned_termination"] = LearnedTermination(obs_dim, args).to(device)
+        terminates = lambda obs, action, next_obs: learned(next_obs) > 0  # noqa: E731
+    update, update_dynamics, update_cost = sac_update, dynamics_update, cost_update
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True
+        update, update_dynamics, update_cost = (torch.compile(f, dynamic=False) for f in (sac_update, dynamics_update, cost_update))
+
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    counters = dict(env_steps=0, train_steps=0, cost_rollout_steps=0, updates=0, cost_rounds=0, updates_since_round=0)
+    if args.resume:
+        counters = read_torch_file(run_dir / "checkpoint.pt").get("counters", counters)
+    log = parts["log"] = Log(run_dir, args, counters["env_steps"])
+    if args.resume:
+        counters = load_checkpoint(run_dir, parts)
+    else:
+        env.reset()
+    stop, obs = StopSignal(), env.obs
+    print(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)
+
+    def evaluate_and_save_policy() -> None:
+        env_steps = counters["env_steps"]
+        if len(real):
+            on_expert, on_policy = expert.split(expert.rows), real.split(real.newest(1_000))
+            on_expert, on_policy = (cost.reward(b.obs, b.action).mean() for b in (on_expert, on_policy))
+            log.add({"reward/expert": on_expert, "reward/policy": on_policy, "reward/gap": on_expert - on_policy})
+        log.add({"charts/train_steps": counters["train_steps"], "charts/cost_rollout_steps": counters["cost_rollout_steps"]})
+        filmed = record_video(eval_env, run_dir / "videos", env_steps) if args.capture_video else eval_env
+        evaluation = evaluate(agent.actor, filmed, args.eval_episodes, [args.seed, 1, env_steps], args.p_tremble)
+        log.row(env_steps, counters["updates"], evaluation, expert_return)
+        policy = policy_content(agent, env, args, env_steps)
+        write_atomically(run_dir / "policy.pt", lambda file: torch.save(policy, file))
+
+    def fit_and_imagine() -> None:
+        first = not len(imagined)
+        rows, weights = real.newest(len(real)), None
+        if args.hybrid_size and args.model_data == "hybrid":
+            rows = hybrid.newest(len(hybrid))
+        elif args.model_data == "hybrid":
+            weights = torch.cat([torch.full((len(part),), 1 / len(part), device=device) for part in (rows, expert.rows)])
+            rows = torch.cat([rows, expert.rows])
+        weights = torch.ones(len(rows), device=device) if weights is None else weights
+        data, most = real.split(rows), args.model_first_batches if first else args.model_max_batches
+        log.add(fit_dynamics(dynamics, dynamics_optimizer, update_dynamics, data, weights, most, args, streams["model"]))
+        if "learned_termination" in parts:
+            learned.fit(data, 500 if first else 100, streams["model"])
+
+        epoch = (counters["train_steps"] - args.initial_steps) // 1_000 + 1
+        length = rollout_length(args.rollout_schedule, epoch)
+        n = args.rollouts_per_step * args.model_every
+        from_expert = torch.rand(n if args.start_coin == "each" else 1, generator=streams["rollout"], device=device) < args.expert_start_prob
+        starts = [buffer.split(buffer.sample((n,), streams["rollout"])).obs for buffer in (expert, real)]
+        start = torch.where(from_expert[:, None], *starts)
+        capacity = length * args.rollouts_per_step * 1_000 * args.rollout_retain
+        if capacity != len(imagined.rows):
+            imagined.resize(capacity)
+        imagined.extend(imagine(dynamics, agent.actor, start, length, terminates, args, streams["rollout"]))
+        recent = real.split(real.newest(1_000))
+        log.add({"model/rollout_length": length, "model/error_1_step": model_error(dynamics, recent, 1)})
+        log.add({"model/error_5_steps": model_error(dynamics, recent, 5), "model/disagreement": dynamics.disagreement(start, agent.actor(start, torch.zeros(n, act_dim, device=device))[0]).mean()})
+
+    def update_policy() -> None:
+        shares = {real: round(args.real_share * args.batch_size), expert: round(args.expert_share * args.batch_size)}
+        shares[imagined] = args.batch_size - sum(shares.values())
+        shape = (args.updates_per_step, 2 if args.independent_actor_batch else 1)
+        rows = torch.cat([b.sample((*shape, n), streams["replay"]) for b, n in shares.items() if n], 2)
+        batches, actor_obs = real.split(rows[:, 0]), real.split(rows[:, -1]).obs
+        # Relabelling: the current cost's reward, whatever was stored; only the pessimism of imagined rows stays.
+        batches = batches._replace(reward=batches.reward + cost.reward(batches.obs, batches.action))
+        noise = torch.randn(args.updates_per_step, 2, args.batch_size, act_dim, generator=streams["policy"], device=device)
+        for u in range(args.updates_per_step):
+            if args.lr_sawtooth:
+                share = max(0.0, 1 - counters["updates_since_round"] / args.lr_sawtooth)
+                agent.actor_optimizer.lr.fill_(args.actor_lr * share)
+                agent.critic_optimizer.lr.fill_(args.critic_lr * share)
+            metrics = update(agent, Batch(*(field[u] for field in batches)), actor_obs[u], noise[u], args)
+            counters["updates"] += 1
+            counters["updates_since_round"] += 1
+            if counters["updates"] % args.target_update_every == 0:
+                target_update(agent, args.tau)
+        log.add(metrics)
+
+    def update_cost_round() -> None:
+        if args.cost_data == "rollout":
+            rows, learner_obs = [], None
+            for _ in range(args.cost_episodes):
+                learner_obs, done = cost_env.reset(), False
+                while not done:
+                    action = agent.actor.act(learner_obs)
+                    rows.append(np.concatenate([learner_obs, action]))
+                    learner_obs, _, terminated, truncated, _ = cost_env.step(action)
+                    counters["env_steps"] += 1
+                    counters["cost_rollout_steps"] += 1
+                    done = terminated or truncated
+            rows = torch.as_tensor(np.array(rows), dtype=torch.float32, device=device)
+            learner = rows[torch.randint(len(rows), (args.cost_batch_size,), generator=streams["cost"], device=device)]
+        else:
+            learner = real.sample((args.cost_batch_size,), streams["cost"], args.cost_window)[:, : obs_dim + act_dim]
+        if args.cost_restart:
+            cost_optimizer.restart(args.cost_lr / max(1, counters["cost_rounds"]))
+        on_expert = expert.sample((args.cost_batch_size,), streams["cost"])[:, : obs_dim + act_dim]
+        mix = torch.rand(args.cost_batch_size, 1, generator=streams["cost"], device=device)
+        log.add(update_cost(cost, cost_optimizer, on_expert, learner, mix, args))
+        counters["cost_rounds"] += 1
+        counters["updates_since_round"] = 0
+
+    if not log.rows:
+        evaluate_and_save_policy()
+    while counters["env_steps"] < args.total_timesteps and not stop.received:
+        before = counters["env_steps"]
+        training = counters["train_steps"] >= args.initial_steps
+        action = agent.actor.act(obs, None if training else streams["policy"])
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        real.add(obs, action, 0.0, next_obs, terminated)
+        if args.hybrid_size:
+            hybrid.extend(torch.cat([real.newest(1), expert.sample((1,), streams["replay"])]))
+        obs = next_obs
+        counters["env_steps"] += 1
+        counters["train_steps"] += 1
+        steps = counters["train_steps"] - args.initial_steps
+        if terminated or truncated or (args.reset_every and training and steps % args.reset_every == 0):
+            log.writer.add_scalar("charts/episodic_return", env.episode_return, counters["env_steps"])
+            log.writer.add_scalar("charts/episodic_length", len(env.executed), counters["env_steps"])
+            obs = env.reset()
+
+        if steps >= 0:
+            if steps % args.model_every == 0:
+                fit_and_imagine()
+            if steps % args.cost_every == 0:
+                update_cost_round()
+            if steps % args.update_every == 0:
+                update_policy()
+
+        env_steps = counters["env_steps"]
+        log.bar.update(env_steps - before)
+        crossed = lambda every: every and env_steps // every > before // every  # noqa: E731
+        finished = env_steps >= args.total_timesteps
+        if crossed(args.eval_every) or finished:
+            evaluate_and_save_policy()
+        if env_steps % 100 == 0:
+            check_finite(log.sums, env_steps)
+        if crossed(args.checkpoint_every) or stop.received or finished:
+            save_checkpoint(run_dir, parts, counters, policy_content(agent, env, args, env_steps))
+
+    log.bar.close()
+    log.writer.close()
+    if stop.received:
+        print(f"{SCRIPT}: stopped at env step {counters['env_steps']}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + stop.received)
+    return log.rows[-1]
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    args = parse_args(sys.argv[1:])
+    check_args(args)
+    if args.eval_only:
+        evaluate_policy(args)
+    else:
+        train(args)

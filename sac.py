@@ -1,0 +1,886 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium==1.4.0",
+#     "gymnasium-robotics==1.4.2",
+#     "mujoco==3.11.0",
+#     "dm_control==1.0.44",
+#     "shimmy==2.0.1",
+#     "minari[hdf5]==0.5.4",
+#     "moviepy==2.2.1",
+#     "numpy==2.4.6",
+#     "tyro==1.0.17",
+#     "tensorboard==2.21.0",
+#     "tqdm==4.70.1",
+# ]
+# ///
+"""SAC: Soft Actor-Critic (Haarnoja, Zhou, Abbeel, Levine, arXiv 1801.01290 and 1812.05905).
+
+The reinforcement learning baseline of this repository, and the expert that records its demonstrations. SAC maximises
+return plus policy entropy, off-policy: twin critics learn the soft action value from replay and take the minimum of two
+target critics against over-estimation; a tanh-Gaussian actor climbs that value through the reparameterised action; the
+temperature alpha follows a target entropy.
+
+    python sac.py --env-id Hopper-v4
+    python sac.py --eval-only --checkpoint demos/experts/Ant-v4.pt --record-demos my.npz --record-episodes 64
+
+What to expect, after how many steps, in how many minutes: docs/sac.md.
+"""
+
+import contextlib
+import copy
+import csv
+import difflib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple, NoReturn, Optional
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Experiment
+    exp_name: str = "sac"
+    """name of the experiment, part of the run folder's name"""
+    env_id: str = "Hopper-v4"
+    """gymnasium id, "dm_control/walker-walk-v0" through shimmy, or "module:Env-v0" for your own"""
+    seed: int = 1
+    """seed of every random stream of the run"""
+    preset: Literal["default", "paper"] = "default"
+    """settings to start from; any other flag beats them. "paper" is arXiv 1812.05905, table 1"""
+    total_timesteps: int = 1_000_000
+    """steps taken in the training environment, warm-up included"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where the networks live; auto takes a GPU if there is one"""
+    num_threads: int = 1
+    """threads of torch on the CPU; several seeds side by side use a machine better than several threads"""
+    compile: bool = False
+    """torch.compile of the update functions: about a minute of warm-up, then faster"""
+    bf16: bool = False
+    """hidden layers in bfloat16 (autocast); weights, outputs, losses and optimisers stay float32"""
+    run_dir: Optional[str] = None
+    """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
+    checkpoint_every: int = 50_000
+    """env steps between checkpoints; 0 for none but the last"""
+    resume: Optional[str] = None
+    """folder of a run to continue exactly where its checkpoint stands"""
+    track: bool = False
+    """also log to Weights and Biases (pip install wandb)"""
+
+    # Policy
+    hidden_sizes: tuple[int, ...] = (256, 256)
+    """widths of the hidden layers of actor and critics"""
+    batch_size: int = 256
+    """transitions in a gradient step"""
+    actor_lr: float = 3e-4
+    """Adam step size of the actor"""
+    critic_lr: float = 1e-3
+    """Adam step size of the critics (paper: 3e-4)"""
+    alpha_lr: float = 1e-3
+    """Adam step size of log alpha (paper: 3e-4)"""
+    alpha: float = 1.0
+    """initial temperature; stays there without --autotune"""
+    autotune: bool = True
+    """learn alpha towards the target entropy"""
+    target_entropy: Optional[float] = None
+    """in nats, of actions scaled to [-1, 1]; default minus the action dimension"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """share of the critic that moves into the target critic at a target update"""
+    target_update_every: int = 1
+    """gradient steps between target updates"""
+    optimistic: bool = False
+    """optimistic Adam for actor and critic"""
+
+    # Algorithm
+    buffer_size: int = 1_000_000
+    """transitions in replay"""
+    learning_starts: int = 5_000
+    """steps of uniformly random actions before the first gradient step"""
+    updates_per_step: int = 1
+    """gradient steps after each env step"""
+
+    # Evaluation and recording
+    eval_every: int = 10_000
+    """env steps between evaluations"""
+    eval_episodes: int = 10
+    """episodes of an evaluation: deterministic policy, true reward, environments of their own"""
+    eval_only: bool = False
+    """evaluate (and record) the policy of --checkpoint, train nothing"""
+    checkpoint: Optional[str] = None
+    """a policy.pt or checkpoint.pt for --eval-only"""
+    capture_video: bool = False
+    """write a video of the first episode of each evaluation to videos/"""
+    record_demos: Optional[str] = None
+    """write demonstrations of the final (or --checkpoint) policy to this .npz file"""
+    record_episodes: int = 10
+    """full-length episodes to record"""
+    record_level: Optional[float] = None
+    """record not the final actor but the first one whose evaluation reached this fraction of the final return"""
+
+
+# Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
+PRESETS: dict[str, dict[str, dict]] = {
+    "default": {},
+    "paper": {"*": dict(critic_lr=3e-4, alpha_lr=3e-4)},
+}
+POSITIVE = ("total_timesteps", "num_threads", "hidden_sizes", "batch_size", "actor_lr", "critic_lr", "alpha_lr", "alpha")
+POSITIVE += ("target_update_every", "buffer_size", "updates_per_step", "eval_every", "eval_episodes", "record_episodes")
+FRACTIONS = ("gamma", "tau", "record_level")
+RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "num_threads", "track"}
+OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
+SCRIPT = Path(__file__).name
+
+
+# ---------------------------------------------------------------------------------------------- command line
+def fail(message: str) -> NoReturn:
+    """A mistake that the user can mend: one line on stderr, exit code 2, no traceback."""
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def parse_args(argv: list[str]) -> Args:
+    """Dataclass defaults, then the preset (resuming: the run's own settings), then the command line."""
+
+    def cli(default: Args) -> Args:
+        complaint = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(complaint):
+                return tyro.cli(Args, args=argv, default=default, description=__doc__)
+        except SystemExit as error:
+            if not error.code:
+                raise
+            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
+            fail(" ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)))
+
+    args = cli(Args())
+    if args.resume:
+        try:
+            saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
+            saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({error})")
+        args = cli(replace(saved, resume=args.resume))
+        for name, value in asdict(args).items():
+            if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
+                fail(f"--resume: --{name.replace('_', '-')} was {getattr(saved, name)} and cannot become {value}")
+        return args
+    env_id = args.env_id
+    if args.eval_only and args.checkpoint and not any(word.startswith("--env-id") for word in argv):
+        env_id = load_policy(args.checkpoint)["env_id"]
+    settings = PRESETS[args.preset]
+    return cli(replace(Args(), env_id=env_id, **{**settings.get("*", {}), **settings.get(env_id, {})}))
+
+
+def check_args(args: Args) -> None:
+    """Numbers and combinations that cannot be."""
+    for name, value in asdict(args).items():
+        flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+        for number in (number for number in numbers if isinstance(number, (int, float))):
+            if not math.isfinite(number):
+                fail(f"{flag} must be finite, got {value}")
+            if name in POSITIVE and number <= 0:
+                fail(f"{flag} must be positive, got {value}")
+            if name in FRACTIONS and not 0 <= number <= 1:
+                fail(f"{flag} must be between 0 and 1, got {value}")
+            if number < 0 and name != "target_entropy":
+                fail(f"{flag} must not be negative, got {value}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no GPU that torch can use; take --device cpu")
+    if args.eval_only != bool(args.checkpoint):
+        fail("--eval-only and --checkpoint PATH go together")
+
+
+# ---------------------------------------------------------------------------------------------- environment
+def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
+    """The environment with flat float observations and actions in [-1, 1].
+
+    Dict observations of boxes (dm_control, gymnasium-robotics) are concatenated; Ant and Humanoid observe positions and
+    velocities only (27 and 45 numbers), whatever their version adds to them.
+    """
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    if render_mode and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        if env_id.startswith("dm_control/"):
+            import shimmy
+
+            gym.register_envs(shimmy)
+        elif ":" not in env_id and env_id not in gym.registry:
+            import gymnasium_robotics
+
+            gym.register_envs(gymnasium_robotics)
+        env = gym.make(env_id, render_mode=render_mode)
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(env_id, gym.registry, n=3)
+        fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
+    space = env.observation_space
+    if isinstance(space, gym.spaces.Dict) and all(isinstance(part, gym.spaces.Box) for part in space.values()):
+        env = gym.wrappers.FlattenObservation(env)
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        fail(f"--env-id {env_id}: observations must be a vector (or a dict of vectors), not {space}")
+    if not isinstance(env.action_space, gym.spaces.Box) or not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        fail(f"--env-id {env_id}: actions must be a vector with finite bounds, not {env.action_space}")
+    robot = re.fullmatch(r"(\w+)-v[45]", env_id)
+    if robot and robot[1] in OBS_KEPT:
+        kept = OBS_KEPT[robot[1]]
+        env = gym.wrappers.TransformObservation(
+            env, lambda obs: obs[:kept], gym.spaces.Box(-np.inf, np.inf, (kept,), env.observation_space.dtype)
+        )
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+class ResumableEnv(gym.Wrapper):
+    """Draws the seed of every episode from one stream and remembers the episode's actions.
+
+    So any deterministic simulator can be put back exactly where a checkpoint left it: reset with the same seed, repeat
+    the actions. With probability p_tremble a step executes a uniformly random action instead (the trembling hand).
+    """
+
+    def __init__(self, env: gym.Env, seed: list[int], p_tremble: float = 0.0):
+        super().__init__(env)
+        self.rng, self.p_tremble = np.random.default_rng(seed), p_tremble
+        self.episode_seed, self.executed, self.episode_return, self.obs = 0, [], 0.0, None
+
+    def reset(self) -> np.ndarray:
+        """First observation [obs] of a new episode."""
+        self.episode_seed, self.executed, self.episode_return = int(self.rng.integers(2**31)), [], 0.0
+        self.obs, _ = self.env.reset(seed=self.episode_seed)
+        return self.obs
+
+    def step(self, action: np.ndarray):
+        """Executes `action` [act], in [-1, 1], or the trembled one."""
+        if self.p_tremble and self.rng.random() < self.p_tremble:
+            action = self.rng.uniform(-1, 1, action.shape).astype(np.float32)
+        self.executed.append(action)
+        self.obs, reward, terminated, truncated, info = self.env.step(action)
+        self.episode_return += float(reward)
+        return self.obs, float(reward), terminated, truncated, info
+
+    def state_dict(self) -> dict:
+        return dict(
+            rng=self.rng.bit_generator.state, episode_seed=self.episode_seed, episode_return=self.episode_return,
+            executed=torch.from_numpy(np.array(self.executed, np.float32)),
+        )  # fmt: skip
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rng.bit_generator.state = state["rng"]
+        self.obs, _ = self.env.reset(seed=state["episode_seed"])
+        self.executed = list(state["executed"].numpy())
+        for action in self.executed:
+            self.obs, *_ = self.env.step(action)
+        self.episode_seed, self.episode_return = state["episode_seed"], state["episode_return"]
+
+
+class Batch(NamedTuple):
+    """Transitions, `[..., n]` a field; reward and terminated have no last dimension."""
+
+    obs: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor
+    next_obs: torch.Tensor
+    terminated: torch.Tensor
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, one contiguous float32 row each: obs, action, next_obs, reward, terminated."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: torch.device):
+        self.widths = [obs_dim, act_dim, obs_dim, 1, 1]
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.added = 0
+
+    def __len__(self) -> int:
+        return min(self.added, len(self.rows))
+
+    def add(self, obs, action, reward, next_obs, terminated) -> None:
+        """One transition, of arrays and numbers."""
+        row = np.concatenate([obs, action, next_obs, [reward, terminated]], dtype=np.float32, casting="same_kind")
+        self.extend(torch.from_numpy(row)[None])
+
+    def extend(self, rows: torch.Tensor) -> None:
+        """Rows [n, width], oldest first."""
+        rows = rows[-len(self.rows) :]
+        index = torch.arange(self.added, self.added + len(rows), device=self.rows.device) % len(self.rows)
+        self.rows[index] = rows.to(self.rows.device)
+        self.added += len(rows)
+
+    def newest(self, n: int) -> torch.Tensor:
+        """The last n rows (or all there are), oldest first: [n, width]."""
+        n = min(n, len(self))
+        return self.rows[torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)]
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator, newest: Optional[int] = None) -> torch.Tensor:
+        """Rows [*shape, width], uniformly with replacement, from the `newest` ones if given."""
+        n = min(newest or len(self), len(self))
+        index = torch.randint(n, shape, generator=generator, device=self.rows.device)
+        return self.rows[(self.added - n + index) % len(self.rows)]
+
+    def resize(self, capacity: int) -> None:
+        """Changes the capacity, keeping the newest rows."""
+        kept = self.newest(capacity).clone()
+        self.rows, self.added = torch.zeros(capacity, kept.shape[1], device=kept.device), 0
+        self.extend(kept)
+
+    def split(self, rows: torch.Tensor) -> Batch:
+        """Rows [..., width] as a Batch."""
+        obs, action, next_obs, reward, terminated = rows.split(self.widths, -1)
+        return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.newest(len(self)).clone(), capacity=len(self.rows))
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows, self.added = torch.zeros(state["capacity"], self.rows.shape[1], device=self.rows.device), 0
+        self.extend(state["rows"])
+
+
+# ---------------------------------------------------------------------------------------------- networks
+class StackedLinear(nn.Module):
+    """n independent linear layers in one matrix product: [n, batch, fan_in] -> [n, batch, fan_out]."""
+
+    def __init__(self, n: int, fan_in: int, fan_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n, fan_in, fan_out))
+        self.bias = nn.Parameter(torch.zeros(n, 1, fan_out))
+        for weight in self.weight:
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class StackedMLP(nn.Module):
+    """n independent multilayer perceptrons: [n, batch, sizes[0]] -> [n, batch, sizes[-1]]. The output layer is float32."""
+
+    def __init__(self, n: int, sizes: list[int], activation: Callable[[torch.Tensor], torch.Tensor] = F.relu):
+        super().__init__()
+        layers = [StackedLinear(n, fan_in, fan_out) for fan_in, fan_out in itertools.pairwise(sizes)]
+        self.hidden, self.output, self.activation = nn.ModuleList(layers[:-1]), layers[-1], activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.hidden:
+            x = self.activation(layer(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(x.float())
+
+
+class Actor(nn.Module):
+    """Tanh-Gaussian policy over actions in [-1, 1]. The noise is an argument, so that a gradient step is a pure function."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
+        super().__init__()
+        self.net = StackedMLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
+
+    def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Action [batch, act] and its log-probability [batch] at obs [batch, obs], from standard normal noise [batch, act]."""
+        mean, log_std = self.net(obs[None])[0].chunk(2, -1)
+        log_std = log_std.clamp(-20, 2)
+        raw = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log of d tanh(raw) / d raw
+        return raw.tanh(), log_prob.sum(-1)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, generator: Optional[torch.Generator] = None) -> np.ndarray:
+        """Action [act] at obs [obs]: sampled with a generator, deterministic (the mean) without."""
+        device = next(self.parameters()).device
+        mean, log_std = self.net(torch.as_tensor(obs, dtype=torch.float32, device=device)[None, None])[0, 0].chunk(2, -1)
+        if generator is not None:
+            mean = mean + log_std.clamp(-20, 2).exp() * torch.randn(mean.shape, generator=generator, device=device)
+        return mean.tanh().cpu().numpy()
+
+
+class Critic(nn.Module):
+    """Twin action values."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
+        super().__init__()
+        self.net = StackedMLP(2, [obs_dim + act_dim, *hidden_sizes, 1])
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Q [2, batch] of obs [batch, obs] and action [batch, act]."""
+        return self.net(torch.cat([obs, action], -1).expand(2, -1, -1)).squeeze(-1)
+
+
+class Adam(nn.Module):
+    """Adam over a fixed list of parameters, or optimistic Adam, which steps along 2 g_t - g_{t-1}.
+
+    Its state is made of buffers and its step of tensor operations, so that a compiled gradient step has no Python in it.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, optimistic: bool = False):
+        super().__init__()
+        self.params, self.weight_decay, self.optimistic = list(params), weight_decay, optimistic
+        self.mean = nn.ParameterList([nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in self.params])
+        self.square = nn.ParameterList([nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in self.params])
+        self.register_buffer("lr", torch.tensor(lr))
+        self.register_buffer("steps", torch.zeros(()))
+
+    @torch.no_grad()
+    def step(self, grads) -> None:
+        """One step along the gradients, in the order of the parameters."""
+        mean, square = list(self.mean), list(self.square)
+        if self.weight_decay:
+            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
+        self.steps += 1
+        scale = self.lr * torch.sqrt(1 - 0.999**self.steps) / (1 - 0.9**self.steps)
+        if self.optimistic:
+            torch._foreach_add_(self.params, self._direction(mean, square, scale))
+            scale = 2 * scale
+        torch._foreach_lerp_(mean, grads, 0.1)
+        torch._foreach_lerp_(square, torch._foreach_mul(grads, grads), 0.001)
+        torch._foreach_sub_(self.params, self._direction(mean, square, scale))
+
+    @torch.no_grad()
+    def restart(self, lr: float) -> None:
+        """Forgets all moments."""
+        for tensor in (*self.mean, *self.square, self.steps):
+            tensor.zero_()
+        self.lr.fill_(lr)
+
+    @staticmethod
+    def _direction(mean, square, scale):
+        root = torch._foreach_sqrt(square)
+        torch._foreach_add_(root, 1e-8)
+        return torch._foreach_mul(torch._foreach_div(mean, root), scale)
+
+
+class Agent(nn.Module):
+    """Actor, twin critics, temperature, and their optimisers."""
+
+    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+        super().__init__()
+        self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, act_dim, args.hidden_sizes)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
+        self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
+        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr, optimistic=args.optimistic)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, optimistic=args.optimistic)
+        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
+
+
+# ---------------------------------------------------------------------------------------------- gradient steps
+def sac_update(agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step of critics, actor and temperature (arXiv 1812.05905, eqs. 6, 9, 18).
+
+    `batch` has [batch, ...] fields, `actor_obs` [batch, obs] are the states of the actor's and temperature's loss,
+    `noise` [2, batch, act] is standard normal. Returns scalars to log.
+    """
+    alpha = agent.log_alpha.detach().exp()
+    with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.no_grad():
+            next_action, next_log_prob = agent.actor(batch.next_obs, noise[0])
+            next_value = agent.target_critic(batch.next_obs, next_action).amin(0) - alpha * next_log_prob
+            target = batch.reward + args.gamma * (1 - batch.terminated) * next_value
+        q = agent.critic(batch.obs, batch.action)
+        critic_loss = (q - target).square().mean(1).sum()
+    agent.critic_optimizer.step(torch.autograd.grad(critic_loss, agent.critic_optimizer.params))
+
+    with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
+        action, log_prob = agent.actor(actor_obs, noise[1])
+        actor_loss = (alpha * log_prob - agent.critic(actor_obs, action).amin(0)).mean()
+    agent.actor_optimizer.step(torch.autograd.grad(actor_loss, agent.actor_optimizer.params))
+
+    entropy = -log_prob.detach().mean()
+    if args.autotune:  # gradient of log_alpha * (entropy - target entropy)
+        agent.alpha_optimizer.step([entropy - agent.target_entropy])
+    return {"losses/critic": critic_loss.detach(), "losses/actor": actor_loss.detach(), "losses/q": q.detach().mean(),
+            "losses/entropy": entropy, "losses/alpha": alpha}  # fmt: skip
+
+
+@torch.no_grad()
+def target_update(agent: Agent, tau: float) -> None:
+    """Moves the target critics a share tau towards the critics."""
+    torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), tau)
+
+
+# ---------------------------------------------------------------------------------------------- evaluation and logs
+def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0) -> dict[str, float]:
+    """Deterministic episodes of the true reward. The same seed gives the same episodes."""
+    env, returns, lengths, successes = ResumableEnv(env, seed, p_tremble), [], [], []
+    for _ in range(episodes):
+        obs, done, success = env.reset(), False, float("nan")
+        while not done:
+            obs, _, terminated, truncated, info = env.step(actor.act(obs))
+            if "success" in info or "is_success" in info:
+                success = np.fmax(success, float(info.get("success", info.get("is_success"))))
+            done = terminated or truncated
+        returns.append(env.episode_return)
+        lengths.append(len(env.executed))
+        successes.append(success)
+    return dict(eval_return_mean=float(np.mean(returns)), eval_return_std=float(np.std(returns)),
+                eval_success_rate=float(np.mean(successes)), eval_length_mean=float(np.mean(lengths)))  # fmt: skip
+
+
+class Log:
+    """progress.csv, TensorBoard and the means of metrics in between, kept on the device so that nothing waits for them."""
+
+    def __init__(self, run_dir: Path, args: Args, env_steps: int = 0):
+        self.run_dir, self.rows, self.sums, self.counts = run_dir, [], {}, {}
+        self.started, self.wall_time_before = time.time(), 0.0
+        if args.track:
+            import wandb
+
+            wandb.init(project="hybrid-irl", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(str(run_dir), purge_step=env_steps or None)
+        self.bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", smoothing=0.02, dynamic_ncols=True)
+
+    def add(self, metrics: dict[str, torch.Tensor | float]) -> None:
+        """Adds to the means that the next row will show."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def row(self, env_steps: int, updates: int, evaluation: dict[str, float], expert_return: float) -> None:
+        """One line of progress.csv: the evaluation and the means since the last one."""
+        check_finite(self.sums, env_steps)
+        means = {name: float(torch.as_tensor(total).detach()) / self.counts[name] for name, total in sorted(self.sums.items())}
+        self.sums, self.counts = {}, {}
+        for name, value in means.items():
+            self.writer.add_scalar(name, value, env_steps)
+        for name, value in evaluation.items():
+            self.writer.add_scalar(name.replace("_", "/", 1), value, env_steps)
+        fixed = dict(env_steps=env_steps, updates=updates, wall_time_s=round(self.wall_time(), 1), **evaluation)
+        self.rows.append({**fixed, "expert_return": expert_return, **means})
+        self.write()
+        of_expert = f" of {expert_return:.0f}" if math.isfinite(expert_return) else ""
+        self.bar.set_postfix_str(f"return {evaluation['eval_return_mean']:.0f}{of_expert}")
+
+    def write(self) -> None:
+        """Rewrites progress.csv; a metric that had no value yet stays empty."""
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.run_dir / "progress.csv", lambda file: file.write(text.getvalue().encode()))
+
+    def wall_time(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.wall_time_before + time.time() - self.started
+
+    def state_dict(self) -> dict:
+        return dict(rows=self.rows, sums=self.sums, counts=self.counts, wall_time=self.wall_time())
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows, self.sums, self.counts = state["rows"], state["sums"], state["counts"]
+        self.wall_time_before = state["wall_time"]
+        self.write()
+
+
+def check_finite(values: dict[str, torch.Tensor | float], env_steps: int) -> None:
+    """Stops the run, before anything is overwritten, if a loss or a parameter is not a finite number."""
+    for name, value in values.items():
+        if not torch.isfinite(torch.as_tensor(value)).all():
+            fail(f"{name} is not finite at env step {env_steps}; the last good checkpoint is kept")
+
+
+# ---------------------------------------------------------------------------------------------- files
+def write_atomically(path: Path, write: Callable) -> None:
+    """A crash or a full disk at any moment leaves the previous file as it was."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}); the previous one is kept")
+
+
+def make_run_dir(args: Args) -> Path:
+    """The run's folder, with args.json: settings, versions, commit and machine."""
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.run_dir or Path("runs") / name)
+    if (run_dir / "args.json").exists():
+        fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    about = dict(
+        script=SCRIPT, args=asdict(args), commit=git.stdout.strip() or None, python=platform.python_version(),
+        versions={name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}, machine=platform.machine(),
+    )  # fmt: skip
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {run_dir}: {error.strerror}")
+    write_atomically(run_dir / "args.json", lambda file: file.write(json.dumps(about, indent=2).encode()))
+    return run_dir
+
+
+def save_checkpoint(run_dir: Path, parts: dict, counters: dict[str, int], policy: dict) -> None:
+    """checkpoint.pt: everything that `parts` (objects with a state_dict) and the random streams among them hold."""
+    env_steps = counters["env_steps"]
+    check_finite({f"{name}.{k}": p for name, part in parts.items() if isinstance(part, nn.Module) for k, p in part.named_parameters()}, env_steps)
+    states = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
+    content = dict(script=SCRIPT, counters=counters, policy=policy, parts=states)
+    write_atomically(run_dir / "checkpoint.pt", lambda file: torch.save(content, file))
+
+
+def load_checkpoint(run_dir: Path, parts: dict) -> dict[str, int]:
+    """Puts every part back where checkpoint.pt left it and returns the counters."""
+    content = read_torch_file(run_dir / "checkpoint.pt")
+    if content.get("script") != SCRIPT or content.get("parts", {}).keys() != parts.keys():
+        fail(f"{run_dir / 'checkpoint.pt'}: written by {content.get('script', 'another program')}, not by this {SCRIPT}")
+    try:
+        for name, part in parts.items():
+            state = content["parts"][name]
+            part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        fail(f"{run_dir / 'checkpoint.pt'}: does not fit this run ({str(error).splitlines()[0]})")
+    return content["counters"]
+
+
+def read_torch_file(path: Path) -> dict:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
+    return content if isinstance(content, dict) else {}
+
+
+def policy_content(agent: Agent, env: gym.Env, args: Args, env_steps: int) -> dict:
+    """What policy.pt holds: a whole policy, loadable with weights_only=True."""
+    space = env.unwrapped.action_space
+    return dict(
+        script=SCRIPT, env_id=args.env_id, env_steps=env_steps, obs_dim=env.observation_space.shape[0], act_dim=space.shape[0],
+        action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(args.hidden_sizes),
+        actor={k: v.cpu().clone() for k, v in agent.actor.state_dict().items()}, args=asdict(args),
+    )  # fmt: skip
+
+
+def load_policy(path: str) -> dict:
+    """The policy in a policy.pt or checkpoint.pt."""
+    content = read_torch_file(Path(path))
+    content = content.get("policy", content)
+    if not {"actor", "env_id", "obs_dim", "act_dim", "hidden_sizes"} <= content.keys():
+        fail(f"--checkpoint {path}: holds no policy")
+    return content
+
+
+def evaluate_policy(args: Args) -> dict:
+    """--eval-only: the deterministic policy of --checkpoint. Returns the policy's content with its actor built."""
+    policy = load_policy(args.checkpoint)
+    env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    dims = env.observation_space.shape[0], env.action_space.shape[0]
+    if dims != (policy["obs_dim"], policy["act_dim"]):
+        fail(f"--checkpoint {args.checkpoint}: made for {policy['env_id']} ({policy['obs_dim']} observations, {policy['act_dim']} "
+             f"actions); {args.env_id} has {dims[0]} and {dims[1]}")  # fmt: skip
+    if args.capture_video:
+        env = record_video(env, Path(args.run_dir or "videos"), 0)
+    actor = Actor(*dims, tuple(policy["hidden_sizes"]))
+    actor.load_state_dict(policy["actor"])
+    result = evaluate(actor, env, args.eval_episodes, [args.seed, 1, 0], getattr(args, "p_tremble", 0.0))
+    env.close()
+    print(f"{args.env_id}: return {result['eval_return_mean']:.1f} +- {result['eval_return_std']:.1f} over {args.eval_episodes} episodes, "
+          f"mean length {result['eval_length_mean']:.0f}, success rate {result['eval_success_rate']:.2f}")  # fmt: skip
+    return {**policy, "actor": actor, **result}
+
+
+def record_video(env: gym.Env, folder: Path, env_steps: int) -> gym.Env:
+    """Films the first episode of an evaluation."""
+    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")
+    return gym.wrappers.RecordVideo(env, str(folder), lambda episode: episode == 0, name_prefix=f"step-{env_steps}", disable_logger=True)
+
+
+class StopSignal:
+    """Remembers SIGINT or SIGTERM, so that the loop can save a checkpoint first. A second one stops at once."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number: int, frame) -> None:
+        if self.received:
+            raise SystemExit(128 + number)
+        self.received = number
+
+
+# ---------------------------------------------------------------------------------------------- demonstrations
+def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
+    """Writes full-length episodes of the deterministic actor as time-flattened float32 arrays (demos/README.md)."""
+    env = make_env(args.env_id)
+    rescaled, limit = env, env.spec.max_episode_steps
+    while not isinstance(rescaled, gym.wrappers.RescaleAction):
+        rescaled = rescaled.env
+    env = ResumableEnv(env, [args.seed, 2])
+    episodes, kept_returns, all_returns, data = 0, [], [], getattr(env.unwrapped, "data", None)
+    has_state = hasattr(data, "qpos") and hasattr(data, "qvel")
+    columns: dict[str, list] = {}
+    with tqdm(total=args.record_episodes, unit="episode", dynamic_ncols=True) as bar:
+        while len(kept_returns) < args.record_episodes:
+            if episodes == 10 + 10 * args.record_episodes:
+                fail(f"--record-demos: only {len(kept_returns)} of {episodes} episodes reached the time limit: a better policy is needed")
+            episode: dict[str, list] = {}
+            obs, done = env.reset(), False
+            while not done:
+                action = actor.act(obs)
+                step = dict(observations=obs, actions=rescaled.action(action))
+                if has_state:
+                    step.update(qpos=data.qpos.copy(), qvel=data.qvel.copy())
+                next_obs, reward, terminated, truncated, _ = env.step(action)
+                step.update(rewards=reward, next_observations=next_obs, terminations=terminated, truncations=truncated)
+                for name, value in step.items():
+                    episode.setdefault(name, []).append(value)
+                obs, done = next_obs, terminated or truncated
+            episodes += 1
+            all_returns.append(env.episode_return)
+            if not terminated and (limit is None or len(env.executed) == limit):
+                kept_returns.append(env.episode_return)
+                for name, values in episode.items():
+                    columns.setdefault(name, []).extend(values)
+                bar.update()
+    dropped = 1 - len(kept_returns) / episodes
+    metadata = dict(
+        env_id=args.env_id, **about, episodes=len(kept_returns), return_mean=float(np.mean(kept_returns)),
+        return_std=float(np.std(kept_returns)), dropped_share=dropped, all_return_mean=float(np.mean(all_returns)),
+        all_return_std=float(np.std(all_returns)), versions={name: version(name) for name in ("gymnasium", "mujoco")},
+        command=" ".join([SCRIPT, *sys.argv[1:]]),
+    )  # fmt: skip
+    arrays = {name: np.asarray(values, np.float32) for name, values in columns.items()}
+    write_atomically(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
+    print(f"{path}: {len(kept_returns)} episodes, return {metadata['return_mean']:.1f} +- {metadata['return_std']:.1f}; "
+          f"dropped {dropped:.0%} of {episodes} episodes as shorter than the time limit")  # fmt: skip
+
+
+def first_at_level(run_dir: Path, rows: list[dict], level: float) -> dict:
+    """The policy of the first evaluation that reached `level` of the way from the first return to the last."""
+    first, last = rows[0]["eval_return_mean"], rows[-1]["eval_return_mean"]
+    row = next(row for row in rows if row["eval_return_mean"] >= first + level * (last - first))
+    return load_policy(str(run_dir / "snapshots" / f"{row['env_steps']}.pt"))
+
+
+# ---------------------------------------------------------------------------------------------- training
+def train(args: Args) -> dict:
+    """SAC (arXiv 1812.05905, algorithm 1). Returns the last row of progress.csv."""
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+    torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)
+    streams = {}
+    for name, seed in zip(("replay", "policy"), np.random.SeedSequence(args.seed).generate_state(2), strict=True):
+        streams[name] = torch.Generator(device).manual_seed(int(seed))
+
+    env = ResumableEnv(make_env(args.env_id), [args.seed, 0])
+    eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(obs_dim, act_dim, args).to(device)
+    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, act_dim, device)
+    update = sac_update
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True
+        update = torch.compile(sac_update)
+
+    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    log = Log(run_dir, args)
+    parts = dict(agent=agent, buffer=buffer, env=env, log=log, **streams)
+    if args.resume:
+        env_steps, updates = load_checkpoint(run_dir, parts).values()
+    else:
+        env_steps, updates = 0, 0
+        env.reset()
+    stop, obs = StopSignal(), env.obs
+    print(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)
+
+    def evaluate_and_save_policy() -> None:
+        filmed = record_video(eval_env, run_dir / "videos", env_steps) if args.capture_video else eval_env
+        evaluation = evaluate(agent.actor, filmed, args.eval_episodes, [args.seed, 1, env_steps])
+        log.row(env_steps, updates, evaluation, float("nan"))
+        policy = policy_content(agent, env, args, env_steps)
+        write_atomically(run_dir / "policy.pt", lambda file: torch.save(policy, file))
+        if args.record_level is not None:
+            (run_dir / "snapshots").mkdir(exist_ok=True)
+            write_atomically(run_dir / "snapshots" / f"{env_steps}.pt", lambda file: torch.save(policy, file))
+
+    if not log.rows:
+        evaluate_and_save_policy()
+    while env_steps < args.total_timesteps and not stop.received:
+        if env_steps < args.learning_starts:
+            action = torch.rand(act_dim, generator=streams["policy"], device=device).mul(2).sub(1).cpu().numpy()
+        else:
+            action = agent.actor.act(obs, streams["policy"])
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        # A time limit is no end: only `terminated` stops bootstrapping.
+        buffer.add(obs, action, reward, next_obs, terminated)
+        obs = next_obs
+        env_steps += 1
+        log.bar.update()
+        if terminated or truncated:
+            log.writer.add_scalar("charts/episodic_return", env.episode_return, env_steps)
+            log.writer.add_scalar("charts/episodic_length", len(env.executed), env_steps)
+            obs = env.reset()
+
+        if env_steps > args.learning_starts:
+            shape = (args.updates_per_step, args.batch_size)
+            batches = buffer.split(buffer.sample(shape, streams["replay"]))
+            noise = torch.randn(shape[0], 2, shape[1], act_dim, generator=streams["policy"], device=device)
+            for u in range(args.updates_per_step):
+                batch = Batch(*(field[u] for field in batches))
+                metrics = update(agent, batch, batch.obs, noise[u], args)
+                updates += 1
+                if updates % args.target_update_every == 0:
+                    target_update(agent, args.tau)
+            log.add(metrics)
+            if env_steps % 100 == 0:
+                check_finite(metrics, env_steps)
+
+        if env_steps % args.eval_every == 0 or env_steps == args.total_timesteps:
+            evaluate_and_save_policy()
+        due = args.checkpoint_every and env_steps % args.checkpoint_every == 0
+        if due or stop.received or env_steps == args.total_timesteps:
+            save_checkpoint(run_dir, parts, dict(env_steps=env_steps, updates=updates), policy_content(agent, env, args, env_steps))
+
+    log.bar.close()
+    log.writer.close()
+    if stop.received:
+        print(f"{SCRIPT}: stopped at env step {env_steps}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(128 + stop.received)
+    if args.record_demos:
+        policy = policy_content(agent, env, args, env_steps)
+        if args.record_level is not None:
+            policy = first_at_level(run_dir, log.rows, args.record_level)
+            agent.actor.load_state_dict(policy["actor"])
+            write_atomically(run_dir / "policy_at_level.pt", lambda file: torch.save(policy, file))
+        about = dict(script=SCRIPT, env_steps=policy["env_steps"], record_level=args.record_level)
+        record_demos(Path(args.record_demos), agent.actor.cpu(), args, about)
+    return log.rows[-1]
+
+
+if __name__ == "__main__":
+    torch.set_flush_denormal(True)
+    args = parse_args(sys.argv[1:])
+    check_args(args)
+    if args.eval_only:
+        policy = evaluate_policy(args)
+        if args.record_demos:
+            about = dict(script=policy["script"], env_steps=policy["env_steps"], record_level=None)
+            record_demos(Path(args.record_demos), policy["actor"], args, about)
+    else:
+        train(args)
