@@ -280,7 +280,7 @@ SCRIPT = Path(__file__).name
 # ---------------------------------------------------------------------------------------------- command line
 def fail(message: str) -> NoReturn:
     """A mistake that the user can mend: one line on stderr, exit code 2, no traceback."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
+    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -295,8 +295,8 @@ def parse_args(argv: list[str]) -> Args:
         except SystemExit as error:
             if not error.code:
                 raise
-            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
-            fail(" ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)))
+            words = re.sub(r"[╭╮╰╯│─]|-{3,}|\s", " ", complaint.getvalue().partition("helptext")[0]).split()
+            fail(" ".join(words).removesuffix(" Argument").removesuffix(" For full"))
 
     args = cli(Args())
     if args.resume:
@@ -334,6 +334,8 @@ def check_args(args: Args) -> None:
         fail("--device cuda: no GPU that torch can use; take --device cpu")
     if args.model_elites > args.model_members:
         fail(f"--model-elites {args.model_elites}: the ensemble has only {args.model_members} members")
+    if not args.rollout_schedule[0] < args.rollout_schedule[1] or min(args.rollout_schedule[2:]) < 1:
+        fail(f"--rollout-schedule: epochs must increase and lengths be at least 1, got {args.rollout_schedule}")
     if args.real_share + args.expert_share > 1:
         fail(f"--real-share {args.real_share} and --expert-share {args.expert_share} are more than the whole batch")
     if args.eval_only != bool(args.checkpoint):
@@ -356,10 +358,11 @@ def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
 
             gym.register_envs(shimmy)
         elif ":" not in env_id and env_id not in gym.registry:
-            import gymnasium_robotics
+            with contextlib.redirect_stderr(io.StringIO()):  # it announces changed rewards
+                import gymnasium_robotics
 
             gym.register_envs(gymnasium_robotics)
-        env = gym.make(env_id, render_mode=render_mode)
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=3)
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
@@ -624,7 +627,7 @@ class StackedMLP(nn.Module):
         for layer in self.hidden:
             x = self.activation(layer(x))
         with torch.autocast(x.device.type, enabled=False):
-            return self.output(x.float())
+            return self.output(x.to(self.output.weight.dtype))
 
 
 class Actor(nn.Module):
@@ -768,6 +771,7 @@ class EnsembleDynamics(nn.Module):
         change = (mean + (0.5 * log_var).exp() * noise).flatten(0, 1)
         return obs + torch.empty_like(obs).index_copy_(0, order, change[:n])
 
+    @torch.no_grad()
     def disagreement(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the elites' means in units of the data's change, averaged over dimensions: [batch]."""
         mean, _ = self.forward_elites(torch.cat([obs, action], -1).expand(len(self.elites), -1, -1))
@@ -1100,18 +1104,22 @@ def save_checkpoint(run_dir: Path, parts: dict, counters: dict[str, int], policy
     write_atomically(run_dir / "checkpoint.pt", lambda file: torch.save(content, file))
 
 
-def load_checkpoint(run_dir: Path, parts: dict) -> dict[str, int]:
-    """Puts every part back where checkpoint.pt left it and returns the counters."""
+def read_checkpoint(run_dir: Path) -> dict:
+    """What save_checkpoint wrote."""
     content = read_torch_file(run_dir / "checkpoint.pt")
-    if content.get("script") != SCRIPT or content.get("parts", {}).keys() != parts.keys():
-        fail(f"{run_dir / 'checkpoint.pt'}: written by {content.get('script', 'another program')}, not by this {SCRIPT}")
+    if content.get("script") != SCRIPT:
+        fail(f"{run_dir / 'checkpoint.pt'}: written by {content.get('script', 'another program')}, not by {SCRIPT}")
+    return content
+
+
+def restore(content: dict, parts: dict) -> None:
+    """Puts every part back where the checkpoint left it."""
     try:
         for name, part in parts.items():
             state = content["parts"][name]
             part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        fail(f"{run_dir / 'checkpoint.pt'}: does not fit this run ({str(error).splitlines()[0]})")
-    return content["counters"]
+        fail(f"--resume: the checkpoint does not fit this script ({str(error).splitlines()[0]})")
 
 
 def read_torch_file(path: Path) -> dict:
@@ -1220,13 +1228,14 @@ def train(args: Args) -> dict:
         torch._dynamo.config.trace_autograd_ops = True
         update, update_dynamics, update_cost = (torch.compile(f, dynamic=False) for f in (sac_update, dynamics_update, cost_update))
 
+    fresh = dict(env_steps=0, train_steps=0, cost_rollout_steps=0, updates=0, cost_rounds=0, updates_since_round=0)
+    checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=fresh)
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    counters = dict(env_steps=0, train_steps=0, cost_rollout_steps=0, updates=0, cost_rounds=0, updates_since_round=0)
-    if args.resume:
-        counters = read_torch_file(run_dir / "checkpoint.pt").get("counters", counters)
+    counters = checkpoint["counters"]
     log = parts["log"] = Log(run_dir, args, counters["env_steps"])
     if args.resume:
-        counters = load_checkpoint(run_dir, parts)
+        restore(checkpoint, parts)
+        real.resize(args.total_timesteps + args.initial_steps)  # the run may have become longer
     else:
         env.reset()
     stop, obs = StopSignal(), env.obs

@@ -159,7 +159,7 @@ SCRIPT = Path(__file__).name
 # ---------------------------------------------------------------------------------------------- command line
 def fail(message: str) -> NoReturn:
     """A mistake that the user can mend: one line on stderr, exit code 2, no traceback."""
-    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
+    tqdm.write(f"{SCRIPT}: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -174,8 +174,8 @@ def parse_args(argv: list[str]) -> Args:
         except SystemExit as error:
             if not error.code:
                 raise
-            lines = [line.strip("│ ") for line in complaint.getvalue().splitlines()[1:]]
-            fail(" ".join(itertools.takewhile(lambda line: not line.startswith(("─", "╰")), lines)))
+            words = re.sub(r"[╭╮╰╯│─]|-{3,}|\s", " ", complaint.getvalue().partition("helptext")[0]).split()
+            fail(" ".join(words).removesuffix(" Argument").removesuffix(" For full"))
 
     args = cli(Args())
     if args.resume:
@@ -231,10 +231,11 @@ def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
 
             gym.register_envs(shimmy)
         elif ":" not in env_id and env_id not in gym.registry:
-            import gymnasium_robotics
+            with contextlib.redirect_stderr(io.StringIO()):  # it announces changed rewards
+                import gymnasium_robotics
 
             gym.register_envs(gymnasium_robotics)
-        env = gym.make(env_id, render_mode=render_mode)
+        env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError) as error:
         near = difflib.get_close_matches(env_id, gym.registry, n=3)
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
@@ -386,7 +387,7 @@ class StackedMLP(nn.Module):
         for layer in self.hidden:
             x = self.activation(layer(x))
         with torch.autocast(x.device.type, enabled=False):
-            return self.output(x.float())
+            return self.output(x.to(self.output.weight.dtype))
 
 
 class Actor(nn.Module):
@@ -560,7 +561,7 @@ class Log:
     def row(self, env_steps: int, updates: int, evaluation: dict[str, float], expert_return: float) -> None:
         """One line of progress.csv: the evaluation and the means since the last one."""
         check_finite(self.sums, env_steps)
-        means = {name: float(torch.as_tensor(total).detach()) / self.counts[name] for name, total in sorted(self.sums.items())}
+        means = {name: float(total) / self.counts[name] for name, total in sorted(self.sums.items())}
         self.sums, self.counts = {}, {}
         for name, value in means.items():
             self.writer.add_scalar(name, value, env_steps)
@@ -644,18 +645,22 @@ def save_checkpoint(run_dir: Path, parts: dict, counters: dict[str, int], policy
     write_atomically(run_dir / "checkpoint.pt", lambda file: torch.save(content, file))
 
 
-def load_checkpoint(run_dir: Path, parts: dict) -> dict[str, int]:
-    """Puts every part back where checkpoint.pt left it and returns the counters."""
+def read_checkpoint(run_dir: Path) -> dict:
+    """What save_checkpoint wrote."""
     content = read_torch_file(run_dir / "checkpoint.pt")
-    if content.get("script") != SCRIPT or content.get("parts", {}).keys() != parts.keys():
-        fail(f"{run_dir / 'checkpoint.pt'}: written by {content.get('script', 'another program')}, not by this {SCRIPT}")
+    if content.get("script") != SCRIPT:
+        fail(f"{run_dir / 'checkpoint.pt'}: written by {content.get('script', 'another program')}, not by {SCRIPT}")
+    return content
+
+
+def restore(content: dict, parts: dict) -> None:
+    """Puts every part back where the checkpoint left it."""
     try:
         for name, part in parts.items():
             state = content["parts"][name]
             part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        fail(f"{run_dir / 'checkpoint.pt'}: does not fit this run ({str(error).splitlines()[0]})")
-    return content["counters"]
+        fail(f"--resume: the checkpoint does not fit this script ({str(error).splitlines()[0]})")
 
 
 def read_torch_file(path: Path) -> dict:
@@ -792,19 +797,20 @@ def train(args: Args) -> dict:
     eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(obs_dim, act_dim, args).to(device)
-    buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), obs_dim, act_dim, device)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
     update = sac_update
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True
         update = torch.compile(sac_update)
 
+    checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=dict(env_steps=0, updates=0))
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    log = Log(run_dir, args)
+    env_steps, updates = checkpoint["counters"].values()
+    log = Log(run_dir, args, env_steps)
     parts = dict(agent=agent, buffer=buffer, env=env, log=log, **streams)
     if args.resume:
-        env_steps, updates = load_checkpoint(run_dir, parts).values()
+        restore(checkpoint, parts)
     else:
-        env_steps, updates = 0, 0
         env.reset()
     stop, obs = StopSignal(), env.obs
     print(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)

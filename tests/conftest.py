@@ -1,0 +1,55 @@
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests import pointmass  # noqa: E402
+
+TINY = ["--hidden-sizes", "16", "16", "--batch-size", "16", "--eval-episodes", "1"]
+TINY_SAC = [*TINY, "--buffer-size", "1000", "--learning-starts", "60"]
+TINY_HYPER = [*TINY, "--model-hidden-sizes", "16", "16", "--model-every", "30", "--model-first-batches", "20", "--model-max-batches", "5",
+              "--initial-steps", "60", "--updates-per-step", "2", "--num-demos", "4", "--rollouts-per-step", "4"]  # fmt: skip
+POINT = ["--env-id", "tests.pointmass:PointMass-v0"]
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_restored():
+    """Training installs signal handlers and sets the thread count: give both back."""
+    torch.set_num_threads(1)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def demos(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("demos") / "point.npz"
+    pointmass.write_demos(path)
+    return str(path)
+
+
+@pytest.fixture
+def hyper_point(demos) -> list[str]:
+    """Command line of a tiny HyPER run on the point mass."""
+    return [*POINT, *TINY_HYPER, "--demos", demos, "--termination", "tests.pointmass:terminates"]
+
+
+def run(script, argv: list[str]) -> dict:
+    """What `python script.py argv` does, in this process."""
+    args = script.parse_args([str(word) for word in argv])
+    script.check_args(args)
+    return script.train(args)
+
+
+def rows(run_dir) -> list[dict]:
+    """progress.csv without the column that depends on the machine's speed."""
+    import csv
+
+    with open(Path(run_dir) / "progress.csv") as file:
+        return [{name: value for name, value in row.items() if name != "wall_time_s"} for row in csv.DictReader(file)]

@@ -1,0 +1,198 @@
+"""Wrong input: one line on stderr, exit code 2, no traceback, no run folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hyper
+import sac
+from tests import pointmass
+from tests.conftest import POINT, TINY_HYPER, TINY_SAC, run
+
+ROOT = Path(__file__).parents[1]
+HOPPER = ["--env-id", "Hopper-v4"]
+P = "tests.pointmass:"
+
+# script, command line, what the line must say
+WRONG = [
+    (sac, ["--env-id", "Hoper-v4"], r"Hoper-v4.*Nearest known: .*Hopper-v"),
+    (sac, ["--env-id", "dm_control/walker-wlak-v0"], r"walker-wlak.*dm_control/walker-walk-v0"),
+    (sac, ["--env-id", "no_such_module:Env-v0"], r"no_such_module"),
+    (sac, ["--env-id", "CartPole-v1"], r"actions must be a vector with finite bounds, not Discrete\(2\)"),
+    (sac, ["--env-id", P + "Discrete-v0"], r"not Discrete\(3\)"),
+    (sac, ["--env-id", P + "Unbounded-v0"], r"finite bounds, not Box\(-inf, inf"),
+    (sac, ["--env-id", P + "Image-v0"], r"observations must be a vector.*not Box\(0, 255, \(8, 8, 3\)"),
+    (sac, [*HOPPER, "--total-timesteps", "0"], r"--total-timesteps must be positive, got 0"),
+    (sac, [*HOPPER, "--total-timesteps", "5e3"], r"--total-timesteps.*5e3"),
+    (sac, [*HOPPER, "--batch-size", "-3"], r"--batch-size must be positive, got -3"),
+    (sac, [*HOPPER, "--gamma", "1.5"], r"--gamma must be between 0 and 1, got 1.5"),
+    (sac, [*HOPPER, "--actor-lr", "nan"], r"--actor-lr must be finite, got nan"),
+    (sac, [*HOPPER, "--hidden-sizes", "64", "0"], r"--hidden-sizes must be positive"),
+    (sac, [*HOPPER, "--no-such-flag", "1"], r"--no-such-flag"),
+    (sac, [*HOPPER, "--preset", "fast"], r"invalid choice 'fast' for argument '--preset'. Expected one of"),
+    (sac, [*HOPPER, "--eval-only"], r"--eval-only and --checkpoint PATH go together"),
+    (sac, [*HOPPER, "--resume", "no/such/run"], r"no/such/run: not a run folder of sac.py"),
+    (hyper, ["--env-id", "Swimmer-v4"], r"demos/Swimmer-v4.npz: not a readable .npz file.*No such file"),
+    (hyper, [*HOPPER, "--num-demos", "11"], r"has 10 trajectories, --num-demos asks for 11"),
+    (hyper, [*HOPPER, "--num-demos", "0"], r"--num-demos must be positive, got 0"),
+    (hyper, [*HOPPER, "--demos", str(ROOT / "demos/Ant-v4.npz")], r"Hopper-v4 has 11-dim observations, the file has 27: recorded on Ant-v4\?"),
+    (hyper, [*HOPPER, "--demos", "minari:no/such-v0"], r"minari:no/such-v0: cannot be loaded"),
+    (hyper, [*HOPPER, "--model-elites", "9"], r"--model-elites 9: the ensemble has only 7 members"),
+    (hyper, [*HOPPER, "--real-share", "0.8", "--expert-share", "0.8"], r"more than the whole batch"),
+    (hyper, [*HOPPER, "--expert-start-prob", "2"], r"--expert-start-prob must be between 0 and 1, got 2.0"),
+    (hyper, [*HOPPER, "--termination", "no_such_module:f"], r"--termination no_such_module:f: No module named"),
+    (hyper, [*HOPPER, "--cost-reduce", "median"], r"median.*--cost-reduce.*min.*mean.*max"),
+    (hyper, [*HOPPER, "--rollout-schedule", "5", "5", "1", "2"], r"--rollout-schedule: epochs must increase"),
+    (hyper, [*POINT], r"demos/tests.pointmass-PointMass-v0.npz"),
+]  # fmt: skip
+
+
+def complaint(script, argv, capsys, tmp_path) -> str:
+    """The one line that the user sees."""
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        run(script, [*argv, *(() if "--resume" in argv else ("--run-dir", folder))])
+    assert stopped.value.code == 2 and not folder.exists()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{script.__name__}.py: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("script,argv,expected", WRONG, ids=lambda x: " ".join(x[-2:]) if isinstance(x, list) else "")
+def test_wrong_input(script, argv, expected, capsys, tmp_path):
+    import re
+
+    line = complaint(script, argv, capsys, tmp_path)
+    assert re.search(expected, line), line
+
+
+SPOILED = {
+    "not finite in row 3": lambda d: d["observations"].__setitem__((3, 1), np.nan),
+    "rewards has a value that is not finite": lambda d: d["rewards"].__setitem__(0, np.inf),
+    "no array 'truncations'": lambda d: d.pop("truncations"),
+    r"actions must lie in the environment's bounds \[-2, 2\], they span": lambda d: d["actions"].__setitem__((5, 0), 2.5),
+    "the last row must end an episode": lambda d: d["truncations"].__setitem__(-1, 0),
+    r"rewards must have shape \(250,\), has \(249,\)": lambda d: d.update(rewards=d["rewards"][1:]),
+    r"next_observations must have shape": lambda d: d.update(next_observations=d["next_observations"][:, 0]),
+    r"has 2-dim actions, the file has 3: recorded on another version\?": lambda d: d.update(actions=np.pad(d["actions"], ((0, 0), (0, 1)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("expected", SPOILED)
+def test_wrong_demonstrations(expected, demos, capsys, tmp_path):
+    import re
+
+    data = dict(np.load(demos))
+    SPOILED[expected](data)
+    np.savez(tmp_path / "bad.npz", **data)
+    line = complaint(hyper, [*POINT, "--demos", tmp_path / "bad.npz", "--num-demos", "5", "--termination", "none"], capsys, tmp_path)
+    assert re.search(expected, line), line
+
+
+def test_no_termination_rule_says_which_flag_to_give(demos, capsys, tmp_path):
+    line = complaint(hyper, [*POINT, "--demos", demos, "--num-demos", "5"], capsys, tmp_path)
+    assert "give --termination none|learned|module:function" in line
+
+
+def test_pickled_demonstrations_are_refused(capsys, tmp_path):
+    np.savez(tmp_path / "evil.npz", observations=np.array([{}], dtype=object))
+    assert "not a readable .npz" in complaint(hyper, [*POINT, "--demos", tmp_path / "evil.npz"], capsys, tmp_path)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    run(sac, [*POINT, *TINY_SAC, "--total-timesteps", "80", "--run-dir", tmp_path / "done"])
+    return tmp_path / "done"
+
+
+def test_changed_argument_on_resume(finished, capsys, tmp_path):
+    line = complaint(sac, ["--resume", str(finished), "--gamma", "0.5"], capsys, tmp_path)
+    assert "--gamma was 0.99 and cannot become 0.5" in line
+
+
+def test_unreadable_and_foreign_checkpoints(finished, capsys, tmp_path, hyper_point):
+    checkpoint = finished / "checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    assert "not a readable checkpoint" in complaint(sac, ["--resume", str(finished)], capsys, tmp_path)
+    torch.save({"weights": torch.zeros(3)}, checkpoint)
+    assert "written by another program" in complaint(sac, ["--resume", str(finished)], capsys, tmp_path)
+    assert (finished / "progress.csv").exists()
+    checkpoint.write_bytes(whole)
+    line = complaint(sac, ["--eval-only", "--checkpoint", str(finished / "args.json"), *HOPPER, "--resume", str(finished)][:3], capsys, tmp_path)
+    assert "not a readable checkpoint" in line
+
+
+def test_policy_of_another_environment(finished, capsys):
+    args = sac.parse_args(["--eval-only", "--checkpoint", str(finished / "policy.pt"), *HOPPER])
+    with pytest.raises(SystemExit) as stopped:
+        sac.evaluate_policy(args)
+    assert stopped.value.code == 2
+    assert "made for tests.pointmass:PointMass-v0 (4 observations, 2 actions); Hopper-v4 has 11 and 3" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_not_overwritten(finished, capsys):
+    with pytest.raises(SystemExit):
+        run(sac, [*POINT, *TINY_SAC, "--run-dir", finished])
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(finished, capsys, monkeypatch):
+    before = (finished / "checkpoint.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sac.os, "fsync", full)
+    with pytest.raises(SystemExit) as stopped:
+        sac.write_atomically(finished / "checkpoint.pt", lambda file: file.write(b"half of"))
+    assert stopped.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    assert (finished / "checkpoint.pt").read_bytes() == before and not list(finished.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("script", [sac, hyper])
+def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, hyper_point, monkeypatch, capsys):
+    """At step 100 the critic's loss turns NaN: the run names it and leaves the checkpoint of step 80."""
+    original = script.sac_update
+
+    def poisoned(agent, *rest):
+        metrics = original(agent, *rest)
+        return {**metrics, "losses/critic": metrics["losses/critic"] * (torch.nan if poisoned.on else 1)}
+
+    poisoned.on = False
+    monkeypatch.setattr(script, "sac_update", poisoned)
+    base = hyper_point if script is hyper else [*POINT, *TINY_SAC]
+    run(script, [*base, "--total-timesteps", "80", "--eval-every", "500", "--run-dir", tmp_path])
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    poisoned.on = True
+    with pytest.raises(SystemExit) as stopped:
+        run(script, ["--resume", tmp_path, "--total-timesteps", "200"])
+    assert stopped.value.code == 2
+    assert "losses/critic is not finite at env step 100" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+
+def test_a_parameter_that_is_not_finite_is_never_saved(finished, capsys):
+    agent = sac.Agent(4, 2, sac.Args(hidden_sizes=(16, 16)))
+    agent.critic.net.output.bias.data.fill_(torch.nan)
+    before = (finished / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit):
+        sac.save_checkpoint(finished, {"agent": agent}, {"env_steps": 7}, {})
+    assert "agent.critic.net.output.bias is not finite at env step 7" in capsys.readouterr().err
+    assert (finished / "checkpoint.pt").read_bytes() == before
+
+
+def test_the_shell_sees_one_line_and_exit_code_2(tmp_path):
+    result = subprocess.run([sys.executable, str(ROOT / "hyper.py"), "--env-id", "Antt-v4"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+    assert "Ant-v" in result.stderr
+
+
+def test_pointmass_expert_is_an_expert(demos):
+    data = np.load(demos)
+    assert data["rewards"].sum() / 5 > 35 and data["terminations"].sum() == 0 and pointmass.expert(np.zeros(4)).shape == (2,)
+    assert TINY_HYPER and TINY_SAC
