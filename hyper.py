@@ -109,10 +109,10 @@ class Args:
     """transitions in a gradient step"""
     actor_lr: float = 3e-4
     """Adam step size of the actor"""
-    critic_lr: float = 3e-4
-    """Adam step size of the critics"""
-    alpha_lr: float = 3e-4
-    """Adam step size of log alpha"""
+    critic_lr: float = 1e-3
+    """Adam step size of the critics (paper: 3e-4)"""
+    alpha_lr: float = 1e-3
+    """Adam step size of log alpha (paper: 3e-4)"""
     alpha: float = 0.2
     """initial temperature; stays there without --autotune"""
     autotune: bool = True
@@ -207,7 +207,7 @@ class Args:
     # Algorithm
     initial_steps: int = 1_000
     """steps of the untrained policy before the first gradient step"""
-    updates_per_step: int = 10
+    updates_per_step: int = 5
     """gradient steps of the policy each time (paper: Hopper, Ant 30; Walker2d, Humanoid 20)"""
     update_every: int = 1
     """training steps between them (paper: Walker2d, Humanoid 2)"""
@@ -217,6 +217,11 @@ class Args:
     """share of expert transitions in the policy's batch (paper: 0); the rest is imagined"""
     independent_actor_batch: bool = False
     """draw other states for the actor's loss than for the critics' (paper)"""
+    actor_average: int = 2_000
+    """training steps over which the actor's weights are averaged (at first, a quarter of those so far); the average is
+    evaluated and saved; 0 for none (paper)"""
+    lr_decay: int = 8_000
+    """training steps t0 in the factor 1 / (1 + t / t0) of the step sizes of actor, critics and cost; 0 for constant"""
     lr_sawtooth: int = 0
     """updates in which the step sizes of actor and critics fall to 0, restarted at each round of the cost; 0 for constant
     (paper: Walker2d, Humanoid 10,000)"""
@@ -238,23 +243,23 @@ class Args:
 
 # Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
 _PAPER = dict(
-    num_demos=64, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
+    num_demos=64, critic_lr=3e-4, alpha_lr=3e-4, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
     model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
     rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout",
-    cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_gp_target=0.4, cost_members=7, p_tremble=0.01,
+    cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, actor_average=0, lr_decay=0, cost_gp_target=0.4, cost_members=7, p_tremble=0.01,
     reset_every=1_000, eval_every=10_000, eval_episodes=10, total_timesteps=751_000,
 )  # fmt: skip
 _PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
 _PAPER_WALKER = dict(
-    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, autotune=False, updates_per_step=20, update_every=2, lr_sawtooth=10_000,
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=20, update_every=2, lr_sawtooth=10_000,
     model_mean_clamp=40.0, model_cosine=30_000, cost_clamp=40.0, cost_weight_decay=5e-5,
 )  # fmt: skip
 _PAPER_ANT = dict(
-    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, autotune=False, updates_per_step=30, model_hidden_sizes=(400,) * 4,
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=30, model_hidden_sizes=(400,) * 4,
     model_mean_clamp=40.0, cost_clamp=40.0, cost_weight_decay=5e-5, cost_every=200, total_timesteps=3_151_000,
 )  # fmt: skip
 _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42 of actions in [-1, 1]
-    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, target_entropy=-1.42, updates_per_step=20, update_every=2,
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, target_entropy=-1.42, updates_per_step=20, update_every=2,
     lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
@@ -981,9 +986,10 @@ def model_error(dynamics: EnsembleDynamics, batch: Batch, length: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- evaluation and logs
-def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0) -> dict[str, float]:
-    """Deterministic episodes of the true reward. The same seed gives the same episodes."""
-    env, returns, lengths, successes = ResumableEnv(env, seed, p_tremble), [], [], []
+def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0, video: Optional[Path] = None) -> dict:
+    """Deterministic episodes of the true reward; the same seed gives the same ones. Films the first one to `video`-....mp4."""
+    film = video and gym.wrappers.RecordVideo(env, str(video.parent), lambda n: n == 0, name_prefix=video.name, disable_logger=True)
+    env, returns, lengths, successes = ResumableEnv(film or env, seed, p_tremble), [], [], []
     for _ in range(episodes):
         obs, done, success = env.reset(), False, float("nan")
         while not done:
@@ -994,6 +1000,8 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremb
         returns.append(env.episode_return)
         lengths.append(len(env.executed))
         successes.append(success)
+    if film and film.recording:
+        film.stop_recording()
     return dict(eval_return_mean=float(np.mean(returns)), eval_return_std=float(np.std(returns)),
                 eval_success_rate=float(np.mean(successes)), eval_length_mean=float(np.mean(lengths)))  # fmt: skip
 
@@ -1130,13 +1138,13 @@ def read_torch_file(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def policy_content(agent: Agent, env: gym.Env, args: Args, env_steps: int) -> dict:
+def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> dict:
     """What policy.pt holds: a whole policy, loadable with weights_only=True."""
     space = env.unwrapped.action_space
     return dict(
         script=SCRIPT, env_id=args.env_id, env_steps=env_steps, obs_dim=env.observation_space.shape[0], act_dim=space.shape[0],
         action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(args.hidden_sizes),
-        actor={k: v.cpu().clone() for k, v in agent.actor.state_dict().items()}, args=asdict(args),
+        actor={k: v.cpu().clone() for k, v in actor.state_dict().items()}, args=asdict(args),
     )  # fmt: skip
 
 
@@ -1157,21 +1165,13 @@ def evaluate_policy(args: Args) -> dict:
     if dims != (policy["obs_dim"], policy["act_dim"]):
         fail(f"--checkpoint {args.checkpoint}: made for {policy['env_id']} ({policy['obs_dim']} observations, {policy['act_dim']} "
              f"actions); {args.env_id} has {dims[0]} and {dims[1]}")  # fmt: skip
-    if args.capture_video:
-        env = record_video(env, Path(args.run_dir or "videos"), 0)
+    video = Path(args.run_dir or ".") / "videos" / "eval" if args.capture_video else None
     actor = Actor(*dims, tuple(policy["hidden_sizes"]))
     actor.load_state_dict(policy["actor"])
-    result = evaluate(actor, env, args.eval_episodes, [args.seed, 1, 0], getattr(args, "p_tremble", 0.0))
-    env.close()
+    result = evaluate(actor, env, args.eval_episodes, [args.seed, 1, 0], getattr(args, "p_tremble", 0.0), video)
     print(f"{args.env_id}: return {result['eval_return_mean']:.1f} +- {result['eval_return_std']:.1f} over {args.eval_episodes} episodes, "
           f"mean length {result['eval_length_mean']:.0f}, success rate {result['eval_success_rate']:.2f}")  # fmt: skip
     return {**policy, "actor": actor, **result}
-
-
-def record_video(env: gym.Env, folder: Path, env_steps: int) -> gym.Env:
-    """Films the first episode of an evaluation."""
-    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")
-    return gym.wrappers.RecordVideo(env, str(folder), lambda episode: episode == 0, name_prefix=f"step-{env_steps}", disable_logger=True)
 
 
 class StopSignal:
@@ -1208,6 +1208,7 @@ def train(args: Args) -> dict:
     terminates = termination_rule(args)
 
     agent = Agent(obs_dim, act_dim, args).to(device)
+    average_actor = copy.deepcopy(agent.actor).requires_grad_(False) if args.actor_average else agent.actor
     dynamics = EnsembleDynamics(obs_dim, act_dim, args).to(device)
     dynamics_optimizer = Adam(dynamics.parameters(), args.model_lr, args.model_weight_decay).to(device)
     cost = Cost(obs_dim, act_dim, args).to(device)
@@ -1218,8 +1219,9 @@ def train(args: Args) -> dict:
     hybrid = ReplayBuffer(args.hybrid_size or 1, obs_dim, act_dim, device)  # D_hyb, if it is a queue of its own
     hybrid.extend(expert_rows if args.hybrid_size else expert_rows[:0])
     imagined = ReplayBuffer(1, obs_dim, act_dim, device)  # D_model
-    parts = dict(agent=agent, dynamics=dynamics, dynamics_optimizer=dynamics_optimizer, cost=cost, cost_optimizer=cost_optimizer)
-    parts |= dict(real=real, hybrid=hybrid, imagined=imagined, env=env, cost_env=cost_env, **streams)
+    parts = dict(agent=agent, average_actor=average_actor, dynamics=dynamics, dynamics_optimizer=dynamics_optimizer, cost=cost, cost_optimizer=cost_optimizer)
+    parts |= dict(real=real, hybrid=hybrid, imagined=imagined, env=env, cost_env=cost_env)
+    parts |= {f"{name}_stream": stream for name, stream in streams.items()}
     if terminates is None:
         learned = parts["learned_termination"] = LearnedTermination(obs_dim, args).to(device)
         terminates = lambda obs, action, next_obs: learned(next_obs) > 0  # noqa: E731
@@ -1248,10 +1250,10 @@ def train(args: Args) -> dict:
             on_expert, on_policy = (cost.reward(b.obs, b.action).mean() for b in (on_expert, on_policy))
             log.add({"reward/expert": on_expert, "reward/policy": on_policy, "reward/gap": on_expert - on_policy})
         log.add({"charts/train_steps": counters["train_steps"], "charts/cost_rollout_steps": counters["cost_rollout_steps"]})
-        filmed = record_video(eval_env, run_dir / "videos", env_steps) if args.capture_video else eval_env
-        evaluation = evaluate(agent.actor, filmed, args.eval_episodes, [args.seed, 1, env_steps], args.p_tremble)
+        video = run_dir / "videos" / f"step-{env_steps}" if args.capture_video else None
+        evaluation = evaluate(average_actor, eval_env, args.eval_episodes, [args.seed, 1, env_steps], args.p_tremble, video)
         log.row(env_steps, counters["updates"], evaluation, expert_return)
-        policy = policy_content(agent, env, args, env_steps)
+        policy = policy_content(average_actor, env, args, env_steps)
         write_atomically(run_dir / "policy.pt", lambda file: torch.save(policy, file))
 
     def fit_and_imagine() -> None:
@@ -1282,7 +1284,7 @@ def train(args: Args) -> dict:
         log.add({"model/rollout_length": length, "model/error_1_step": model_error(dynamics, recent, 1)})
         log.add({"model/error_5_steps": model_error(dynamics, recent, 5), "model/disagreement": dynamics.disagreement(start, agent.actor(start, torch.zeros(n, act_dim, device=device))[0]).mean()})
 
-    def update_policy() -> None:
+    def update_policy(lr_share: float) -> None:
         shares = {real: round(args.real_share * args.batch_size), expert: round(args.expert_share * args.batch_size)}
         shares[imagined] = args.batch_size - sum(shares.values())
         shape = (args.updates_per_step, 2 if args.independent_actor_batch else 1)
@@ -1292,10 +1294,11 @@ def train(args: Args) -> dict:
         batches = batches._replace(reward=batches.reward + cost.reward(batches.obs, batches.action))
         noise = torch.randn(args.updates_per_step, 2, args.batch_size, act_dim, generator=streams["policy"], device=device)
         for u in range(args.updates_per_step):
+            share = lr_share
             if args.lr_sawtooth:
-                share = max(0.0, 1 - counters["updates_since_round"] / args.lr_sawtooth)
-                agent.actor_optimizer.lr.fill_(args.actor_lr * share)
-                agent.critic_optimizer.lr.fill_(args.critic_lr * share)
+                share *= max(0.0, 1 - counters["updates_since_round"] / args.lr_sawtooth)
+            agent.actor_optimizer.lr.fill_(args.actor_lr * share)
+            agent.critic_optimizer.lr.fill_(args.critic_lr * share)
             metrics = update(agent, Batch(*(field[u] for field in batches)), actor_obs[u], noise[u], args)
             counters["updates"] += 1
             counters["updates_since_round"] += 1
@@ -1303,7 +1306,7 @@ def train(args: Args) -> dict:
                 target_update(agent, args.tau)
         log.add(metrics)
 
-    def update_cost_round() -> None:
+    def update_cost_round(lr_share: float) -> None:
         if args.cost_data == "rollout":
             rows, learner_obs = [], None
             for _ in range(args.cost_episodes):
@@ -1319,6 +1322,7 @@ def train(args: Args) -> dict:
             learner = rows[torch.randint(len(rows), (args.cost_batch_size,), generator=streams["cost"], device=device)]
         else:
             learner = real.sample((args.cost_batch_size,), streams["cost"], args.cost_window)[:, : obs_dim + act_dim]
+        cost_optimizer.lr.fill_(args.cost_lr * lr_share)
         if args.cost_restart:
             cost_optimizer.restart(args.cost_lr / max(1, counters["cost_rounds"]))
         on_expert = expert.sample((args.cost_batch_size,), streams["cost"])[:, : obs_dim + act_dim]
@@ -1349,10 +1353,14 @@ def train(args: Args) -> dict:
         if steps >= 0:
             if steps % args.model_every == 0:
                 fit_and_imagine()
+            lr_share = 1 / (1 + steps / args.lr_decay) if args.lr_decay else 1.0
             if steps % args.cost_every == 0:
-                update_cost_round()
+                update_cost_round(lr_share)
             if steps % args.update_every == 0:
-                update_policy()
+                update_policy(lr_share)
+            if args.actor_average:
+                weight = 1 / min(args.actor_average, 1 + steps / 4)
+                torch._foreach_lerp_(list(average_actor.parameters()), [p.detach() for p in agent.actor.parameters()], weight)
 
         env_steps = counters["env_steps"]
         log.bar.update(env_steps - before)
@@ -1363,7 +1371,7 @@ def train(args: Args) -> dict:
         if env_steps % 100 == 0:
             check_finite(log.sums, env_steps)
         if crossed(args.checkpoint_every) or stop.received or finished:
-            save_checkpoint(run_dir, parts, counters, policy_content(agent, env, args, env_steps))
+            save_checkpoint(run_dir, parts, counters, policy_content(average_actor, env, args, env_steps))
 
     log.bar.close()
     log.writer.close()

@@ -522,9 +522,10 @@ def target_update(agent: Agent, tau: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- evaluation and logs
-def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0) -> dict[str, float]:
-    """Deterministic episodes of the true reward. The same seed gives the same episodes."""
-    env, returns, lengths, successes = ResumableEnv(env, seed, p_tremble), [], [], []
+def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0, video: Optional[Path] = None) -> dict:
+    """Deterministic episodes of the true reward; the same seed gives the same ones. Films the first one to `video`-....mp4."""
+    film = video and gym.wrappers.RecordVideo(env, str(video.parent), lambda n: n == 0, name_prefix=video.name, disable_logger=True)
+    env, returns, lengths, successes = ResumableEnv(film or env, seed, p_tremble), [], [], []
     for _ in range(episodes):
         obs, done, success = env.reset(), False, float("nan")
         while not done:
@@ -535,6 +536,8 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremb
         returns.append(env.episode_return)
         lengths.append(len(env.executed))
         successes.append(success)
+    if film and film.recording:
+        film.stop_recording()
     return dict(eval_return_mean=float(np.mean(returns)), eval_return_std=float(np.std(returns)),
                 eval_success_rate=float(np.mean(successes)), eval_length_mean=float(np.mean(lengths)))  # fmt: skip
 
@@ -671,13 +674,13 @@ def read_torch_file(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def policy_content(agent: Agent, env: gym.Env, args: Args, env_steps: int) -> dict:
+def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> dict:
     """What policy.pt holds: a whole policy, loadable with weights_only=True."""
     space = env.unwrapped.action_space
     return dict(
         script=SCRIPT, env_id=args.env_id, env_steps=env_steps, obs_dim=env.observation_space.shape[0], act_dim=space.shape[0],
         action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(args.hidden_sizes),
-        actor={k: v.cpu().clone() for k, v in agent.actor.state_dict().items()}, args=asdict(args),
+        actor={k: v.cpu().clone() for k, v in actor.state_dict().items()}, args=asdict(args),
     )  # fmt: skip
 
 
@@ -698,21 +701,13 @@ def evaluate_policy(args: Args) -> dict:
     if dims != (policy["obs_dim"], policy["act_dim"]):
         fail(f"--checkpoint {args.checkpoint}: made for {policy['env_id']} ({policy['obs_dim']} observations, {policy['act_dim']} "
              f"actions); {args.env_id} has {dims[0]} and {dims[1]}")  # fmt: skip
-    if args.capture_video:
-        env = record_video(env, Path(args.run_dir or "videos"), 0)
+    video = Path(args.run_dir or ".") / "videos" / "eval" if args.capture_video else None
     actor = Actor(*dims, tuple(policy["hidden_sizes"]))
     actor.load_state_dict(policy["actor"])
-    result = evaluate(actor, env, args.eval_episodes, [args.seed, 1, 0], getattr(args, "p_tremble", 0.0))
-    env.close()
+    result = evaluate(actor, env, args.eval_episodes, [args.seed, 1, 0], getattr(args, "p_tremble", 0.0), video)
     print(f"{args.env_id}: return {result['eval_return_mean']:.1f} +- {result['eval_return_std']:.1f} over {args.eval_episodes} episodes, "
           f"mean length {result['eval_length_mean']:.0f}, success rate {result['eval_success_rate']:.2f}")  # fmt: skip
     return {**policy, "actor": actor, **result}
-
-
-def record_video(env: gym.Env, folder: Path, env_steps: int) -> gym.Env:
-    """Films the first episode of an evaluation."""
-    warnings.filterwarnings("ignore", message=".*Overwriting existing videos.*")
-    return gym.wrappers.RecordVideo(env, str(folder), lambda episode: episode == 0, name_prefix=f"step-{env_steps}", disable_logger=True)
 
 
 class StopSignal:
@@ -807,7 +802,7 @@ def train(args: Args) -> dict:
     run_dir = Path(args.resume) if args.resume else make_run_dir(args)
     env_steps, updates = checkpoint["counters"].values()
     log = Log(run_dir, args, env_steps)
-    parts = dict(agent=agent, buffer=buffer, env=env, log=log, **streams)
+    parts = dict(agent=agent, buffer=buffer, env=env, log=log) | {f"{name}_stream": stream for name, stream in streams.items()}
     if args.resume:
         restore(checkpoint, parts)
     else:
@@ -816,10 +811,10 @@ def train(args: Args) -> dict:
     print(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)
 
     def evaluate_and_save_policy() -> None:
-        filmed = record_video(eval_env, run_dir / "videos", env_steps) if args.capture_video else eval_env
-        evaluation = evaluate(agent.actor, filmed, args.eval_episodes, [args.seed, 1, env_steps])
+        video = run_dir / "videos" / f"step-{env_steps}" if args.capture_video else None
+        evaluation = evaluate(agent.actor, eval_env, args.eval_episodes, [args.seed, 1, env_steps], video=video)
         log.row(env_steps, updates, evaluation, float("nan"))
-        policy = policy_content(agent, env, args, env_steps)
+        policy = policy_content(agent.actor, env, args, env_steps)
         write_atomically(run_dir / "policy.pt", lambda file: torch.save(policy, file))
         if args.record_level is not None:
             (run_dir / "snapshots").mkdir(exist_ok=True)
@@ -861,7 +856,7 @@ def train(args: Args) -> dict:
             evaluate_and_save_policy()
         due = args.checkpoint_every and env_steps % args.checkpoint_every == 0
         if due or stop.received or env_steps == args.total_timesteps:
-            save_checkpoint(run_dir, parts, dict(env_steps=env_steps, updates=updates), policy_content(agent, env, args, env_steps))
+            save_checkpoint(run_dir, parts, dict(env_steps=env_steps, updates=updates), policy_content(agent.actor, env, args, env_steps))
 
     log.bar.close()
     log.writer.close()
@@ -869,7 +864,7 @@ def train(args: Args) -> dict:
         print(f"{SCRIPT}: stopped at env step {env_steps}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     if args.record_demos:
-        policy = policy_content(agent, env, args, env_steps)
+        policy = policy_content(agent.actor, env, args, env_steps)
         if args.record_level is not None:
             policy = first_at_level(run_dir, log.rows, args.record_level)
             agent.actor.load_state_dict(policy["actor"])

@@ -18,6 +18,7 @@ import sac
 from tests.conftest import POINT, TINY_HYPER, TINY_SAC, rows, run
 
 ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("KILLS", 3))
 COLUMNS = "env_steps updates eval_return_mean eval_return_std eval_success_rate expert_return".split()
 
 
@@ -115,7 +116,7 @@ def environment() -> dict:
 
 @pytest.mark.parametrize("script", [sac, hyper])
 def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, hyper_point):
-    argv = [*argv_of(script, hyper_point), "--eval-every", "100", "--total-timesteps", "1500", "--checkpoint-every", "0"]
+    argv = [*argv_of(script, hyper_point), "--eval-every", "100", "--total-timesteps", "800", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
     process = subprocess.Popen(command(script, [*argv, "--run-dir", tmp_path / "cut"]), env=environment(), stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "cut" / "progress.csv").exists() or len(rows(tmp_path / "cut")) < 4:
@@ -124,17 +125,17 @@ def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, hype
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and "--resume" in errors and "Traceback" not in errors
-    assert len(rows(tmp_path / "cut")) < 16
+    assert len(rows(tmp_path / "cut")) < 9
     run(script, ["--resume", tmp_path / "cut"])
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(tmp_path, hyper_point):
     """KILLS=20 for the long version. The run ends with the progress.csv of one that was never killed."""
-    argv = [*hyper_point, "--eval-every", "100", "--total-timesteps", "3000", "--checkpoint-every", "100"]
+    argv = [*hyper_point, "--eval-every", "100", "--total-timesteps", str(400 + 100 * KILLS), "--checkpoint-every", "50"]
     run(hyper, [*argv, "--run-dir", tmp_path / "whole"])
     rng, killed, start = np.random.default_rng(0), 0, [*argv, "--run-dir", tmp_path / "killed"]
-    while killed < int(os.environ.get("KILLS", 3)):
+    while killed < KILLS:
         process = subprocess.Popen(command(hyper, start), env=environment(), stderr=subprocess.PIPE)
         checkpoint = tmp_path / "killed" / "checkpoint.pt"
         before = checkpoint.stat().st_mtime if checkpoint.exists() else 0
@@ -144,11 +145,9 @@ def test_kill_9_loses_only_the_steps_since_the_last_checkpoint(tmp_path, hyper_p
         time.sleep(rng.uniform(0, 0.3))
         process.kill()
         process.wait()
-        steps = torch.load(checkpoint, weights_only=True)["counters"]["env_steps"]
+        torch.load(checkpoint, weights_only=True)
         killed += 1
-        start = ["--resume", str(tmp_path / "killed"), "--total-timesteps", "3000"]
-        if steps >= 3000:
-            break
+        start = ["--resume", str(tmp_path / "killed")]
     run(hyper, start)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
@@ -187,20 +186,19 @@ def test_recent_cost_data_takes_no_extra_steps(tmp_path, hyper_point, monkeypatc
 
 @pytest.mark.parametrize("script,name", [(sac, "buffer"), (hyper, "real")])
 def test_time_limits_do_not_stop_bootstrapping(script, name, tmp_path, hyper_point):
-    run(script, [*argv_of(script, hyper_point), "--total-timesteps", "220", "--run-dir", tmp_path])
+    run(script, [*argv_of(script, hyper_point), "--total-timesteps", "220", "--seed", "5", "--tau", "0.0001", "--actor-lr", "1e-9", "--run-dir", tmp_path])
     parts = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]
     stored = parts[name]["rows"]
     continues = (stored[:-1, 6:10] == stored[1:, :4]).all(-1)
     ends = (~continues).nonzero()[:, 0]
-    assert len(ends) >= 3  # episodes ended, of 50 steps or by leaving the square
     outside = (stored[:, 6:8].abs() > 2).any(-1)
-    assert torch.equal(stored[:, -1] > 0, outside)
-    assert (stored[ends, -1] == 0).any()
+    assert len(ends) >= 3 and torch.equal(stored[:, -1] > 0, outside)
+    assert (stored[ends, -1] == 0).sum() >= 1  # an episode of 50 steps that did not leave the square
 
 
 def test_eval_only_record_and_imitate(tmp_path):
     """A trained actor records demonstrations, which load and are what the actor does."""
-    argv = [*POINT, *TINY_SAC, "--total-timesteps", "120", "--run-dir", tmp_path / "run"]
+    argv = [*POINT, *TINY_SAC, "--gamma", "0.9", "--actor-lr", "3e-3", "--critic-lr", "3e-3", "--total-timesteps", "900", "--run-dir", tmp_path / "run"]
     run(sac, argv)
     result = subprocess.run(
         command(sac, ["--eval-only", "--checkpoint", tmp_path / "run" / "policy.pt", "--record-demos", tmp_path / "d.npz", "--record-episodes", 3]),
@@ -210,7 +208,7 @@ def test_eval_only_record_and_imitate(tmp_path):
     assert "return" in result.stdout and "dropped" in result.stdout
     data = np.load(tmp_path / "d.npz")
     about = json.loads(str(data["metadata"]))
-    assert about["env_id"] == POINT[1] and about["episodes"] == 3 and about["env_steps"] == 120
+    assert about["env_id"] == POINT[1] and about["episodes"] == 3 and about["env_steps"] == 900
     assert data["observations"].shape == (150, 4) and data["truncations"].sum() == 3
     env = hyper.make_env(POINT[1])
     batch_rows, expert_return = hyper.load_demos(str(tmp_path / "d.npz"), POINT[1], env, 3)
@@ -224,7 +222,7 @@ def test_eval_only_record_and_imitate(tmp_path):
 
 def test_record_level_keeps_the_actor_that_first_reached_it(tmp_path):
     demos = tmp_path / "medium.npz"
-    argv = [*POINT, *TINY_SAC, "--total-timesteps", "300", "--eval-every", "50", "--learning-starts", "100", "--run-dir", tmp_path / "run"]
+    argv = [*POINT, *TINY_SAC, "--gamma", "0.9", "--actor-lr", "3e-3", "--critic-lr", "3e-3", "--total-timesteps", "900", "--eval-every", "50", "--run-dir", tmp_path / "run"]
     run(sac, [*argv, "--record-demos", demos, "--record-episodes", 2, "--record-level", "0.33"])
     returns = [(float(row["eval_return_mean"]), int(row["env_steps"])) for row in rows(tmp_path / "run")]
     first, last = returns[0][0], returns[-1][0]
@@ -248,7 +246,8 @@ def test_minari_dataset_loads_like_the_same_npz(tmp_path, monkeypatch, demos):
             truncations=[bool(x) for x in data["truncations"][start:end]], infos={},
         ))  # fmt: skip
         start = end
-    minari.create_dataset_from_buffers("point/expert-v0", buffers, env="PointMass-v0")
+    space = gym.make("PointMass-v0").unwrapped
+    minari.create_dataset_from_buffers("point/expert-v0", buffers, observation_space=space.observation_space, action_space=space.action_space)
     env = hyper.make_env(POINT[1])
     ours, theirs = (hyper.load_demos(source, POINT[1], env, 5) for source in (demos, "minari:point/expert-v0"))
     torch.testing.assert_close(ours[0], theirs[0])
@@ -256,12 +255,13 @@ def test_minari_dataset_loads_like_the_same_npz(tmp_path, monkeypatch, demos):
 
 
 def test_video(tmp_path):
-    try:
-        sac.make_env("Pendulum-v1", "rgb_array").reset()
-    except (gym.error.DependencyNotInstalled, SystemExit):
-        pytest.fail("rendering needs the pinned packages")
-    run(sac, ["--env-id", "Hopper-v4", *TINY_SAC, "--total-timesteps", "30", "--capture-video", "--run-dir", tmp_path])
-    assert [path.stat().st_size > 1000 for path in tmp_path.glob("videos/*.mp4")]
+    """Headless: in a process of its own, because the rendering backend is chosen when MuJoCo is first imported."""
+    argv = ["--env-id", "Hopper-v4", *TINY_SAC, "--total-timesteps", "30", "--capture-video", "--run-dir", tmp_path]
+    env = {key: value for key, value in environment().items() if key != "MUJOCO_GL"}
+    result = subprocess.run(command(sac, argv), env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.glob("videos/*.mp4")) == ["step-0-episode-0.mp4", "step-30-episode-0.mp4"]
+    assert all(path.stat().st_size > 1000 for path in tmp_path.glob("videos/*.mp4"))
 
 
 @pytest.mark.parametrize("script", [sac, hyper])
