@@ -109,10 +109,10 @@ class Args:
     """transitions in a gradient step"""
     actor_lr: float = 3e-4
     """Adam step size of the actor"""
-    critic_lr: float = 1e-3
-    """Adam step size of the critics (paper: 3e-4)"""
-    alpha_lr: float = 1e-3
-    """Adam step size of log alpha (paper: 3e-4)"""
+    critic_lr: float = 3e-4
+    """Adam step size of the critics """
+    alpha_lr: float = 3e-4
+    """Adam step size of log alpha """
     alpha: float = 0.2
     """initial temperature; stays there without --autotune"""
     autotune: bool = True
@@ -207,7 +207,7 @@ class Args:
     # Algorithm
     initial_steps: int = 1_000
     """steps of the untrained policy before the first gradient step"""
-    updates_per_step: int = 5
+    updates_per_step: int = 10
     """gradient steps of the policy each time (paper: Hopper, Ant 30; Walker2d, Humanoid 20)"""
     update_every: int = 1
     """training steps between them (paper: Walker2d, Humanoid 2)"""
@@ -220,7 +220,7 @@ class Args:
     actor_average: int = 2_000
     """training steps over which the actor's weights are averaged (at first, a quarter of those so far); the average is
     evaluated and saved; 0 for none (paper)"""
-    lr_decay: int = 8_000
+    lr_decay: int = 0
     """training steps t0 in the factor 1 / (1 + t / t0) of the step sizes of actor, critics and cost; 0 for constant"""
     lr_sawtooth: int = 0
     """updates in which the step sizes of actor and critics fall to 0, restarted at each round of the cost; 0 for constant
@@ -263,7 +263,7 @@ _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42
     lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
-    "default": {"Hopper-v4": dict(total_timesteps=40_000), "Hopper-v5": dict(total_timesteps=40_000)},
+    "default": {f"Hopper-v{v}": dict(total_timesteps=40_000, hidden_sizes=(128, 128)) for v in (4, 5)},
     "paper": {"*": _PAPER}
     | {f"Hopper-v{v}": _PAPER_HOPPER for v in (4, 5)}
     | {f"Walker2d-v{v}": _PAPER_WALKER for v in (4, 5)}
