@@ -193,6 +193,8 @@ class Args:
     """a new optimistic Adam with step size cost_lr / k in round k: steps along the gradient's sign (paper)"""
     cost_weight_decay: float = 0.0
     """L2 added to the cost's gradients (paper: Walker2d, Ant 5e-5)"""
+    cost_normalise: bool = True
+    """standardise its inputs, by the expert's and the first learner transitions (paper: raw inputs)"""
     cost_gp_weight: float = 10.0
     """weight of the gradient penalty"""
     cost_gp_target: float = 1.0
@@ -246,7 +248,7 @@ _PAPER = dict(
     num_demos=64, critic_lr=3e-4, alpha_lr=3e-4, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
     model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
     rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout",
-    cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, actor_average=0, lr_decay=0, cost_gp_target=0.4, cost_members=7, p_tremble=0.01,
+    cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False, actor_average=0, lr_decay=0, cost_gp_target=0.4, cost_members=7, p_tremble=0.01,
     reset_every=1_000, eval_every=10_000, eval_episodes=10, total_timesteps=751_000,
 )  # fmt: skip
 _PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
@@ -790,13 +792,25 @@ class Cost(nn.Module):
         super().__init__()
         self.net = StackedMLP(args.cost_members, [obs_dim + act_dim, 256, 256, 1])
         self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
+        self.register_buffer("input_mean", torch.zeros(obs_dim + act_dim))
+        self.register_buffer("input_std", torch.ones(obs_dim + act_dim))
         for layer in (*self.net.hidden, self.net.output):
             for weight in layer.weight.detach():
                 nn.init.orthogonal_(weight)
             nn.init.uniform_(layer.bias, -(layer.weight.shape[1] ** -0.5), layer.weight.shape[1] ** -0.5)
 
+    def set_normaliser(self, expert: torch.Tensor, learner: torch.Tensor) -> None:
+        """Mean and standard deviation of inputs [n, obs + act], half of them the expert's and half the learner's."""
+        self.input_mean.copy_((expert.mean(0) + learner.mean(0)) / 2)
+        square = (expert.square().mean(0) + learner.square().mean(0)) / 2
+        self.input_std.copy_((square - self.input_mean.square()).clamp(min=1e-12).sqrt())
+
+    def normalise(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the networks and the gradient penalty see of inputs [..., obs + act]."""
+        return (inputs - self.input_mean) / self.input_std
+
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Cost [batch] of inputs [batch, obs + act]."""
+        """Cost [batch] of normalised inputs [batch, obs + act]."""
         cost = self.net(inputs.expand(len(self.net.output.weight), -1, -1)).squeeze(-1)
         if self.clamp:
             cost = cost.clamp(-self.clamp, self.clamp)
@@ -805,7 +819,7 @@ class Cost(nn.Module):
     @torch.no_grad()
     def reward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """What the policy maximises, [...], at obs [..., obs] and action [..., act]."""
-        inputs = torch.cat([obs, action], -1)
+        inputs = self.normalise(torch.cat([obs, action], -1))
         cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
         return F.softplus(-cost).clamp(max=10) if self.logistic else -cost
 
@@ -887,6 +901,7 @@ def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torc
     moment: mean f(expert) - mean f(learner); logistic: f is the logit of "learner". Both with the penalty
     (|grad f| - target)^2 on points between the two.
     """
+    expert, learner = cost.normalise(expert), cost.normalise(learner)
     on_expert, on_learner = cost(expert), cost(learner)
     if args.cost_loss == "moment":
         loss = on_expert.mean() - on_learner.mean()
@@ -1354,6 +1369,8 @@ def train(args: Args) -> dict:
             if steps % args.model_every == 0:
                 fit_and_imagine()
             lr_share = 1 / (1 + steps / args.lr_decay) if args.lr_decay else 1.0
+            if steps == 0 and args.cost_normalise:
+                cost.set_normaliser(*(buffer.newest(len(buffer))[:, : obs_dim + act_dim] for buffer in (expert, real)))
             if steps % args.cost_every == 0:
                 update_cost_round(lr_share)
             if steps % args.update_every == 0:

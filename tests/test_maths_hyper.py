@@ -56,6 +56,16 @@ def test_reward_becomes_higher_on_expert_rows_and_relabelling_follows(loss):
     torch.testing.assert_close(on_expert, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_the_cost_sees_standardised_inputs_whatever_the_numbers_of_transitions():
+    cost = hyper.Cost(2, 1, TINY)
+    expert, learner = torch.randn(50, 3) * torch.tensor([0.1, 1, 9]) + 4, torch.randn(500, 3)
+    cost.set_normaliser(expert, learner)
+    seen = torch.cat([expert.repeat(10, 1), learner])  # as many of each
+    torch.testing.assert_close(cost.normalise(seen).mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(cost.normalise(seen).std(0), torch.ones(3), atol=1e-2, rtol=0)
+    assert torch.equal(cost.reward(seen[:, :2], seen[:, 2:]), torch.nn.functional.softplus(-cost(cost.normalise(seen))).clamp(max=10))
+
+
 def test_cost_reductions_and_clamp():
     torch.manual_seed(0)
     x = torch.randn(20, 3) * 5
