@@ -197,8 +197,8 @@ class Args:
     """standardise its inputs, by the expert's and the first learner transitions (paper: raw inputs)"""
     cost_gp_weight: float = 10.0
     """weight of the gradient penalty"""
-    cost_gp_target: float = 1.0
-    """gradient norm that the penalty asks for (paper: 0.4)"""
+    cost_gp_target: float = 0.5
+    """gradient norm that the penalty asks for, with respect to what the networks see (paper: 0.4)"""
     cost_members: int = 1
     """networks of the cost (paper: 7)"""
     cost_reduce: Literal["min", "mean", "max"] = "min"
@@ -217,6 +217,9 @@ class Args:
     """share of real learner transitions in the policy's batch (paper: 0)"""
     expert_share: float = 0.25
     """share of expert transitions in the policy's batch (paper: 0); the rest is imagined"""
+    bc_weight: float = 0.0
+    """weight of behaviour cloning in the actor's loss: mean squared error of the mean action on the batch's expert rows
+    (paper: 0; its AntMaze agents have such a term)"""
     independent_actor_batch: bool = False
     """draw other states for the actor's loss than for the critics' (paper)"""
     actor_average: int = 2_000
@@ -345,6 +348,8 @@ def check_args(args: Args) -> None:
         fail(f"--rollout-schedule: epochs must increase and lengths be at least 1, got {args.rollout_schedule}")
     if args.real_share + args.expert_share > 1:
         fail(f"--real-share {args.real_share} and --expert-share {args.expert_share} are more than the whole batch")
+    if args.bc_weight and not round(args.expert_share * args.batch_size):
+        fail(f"--bc-weight {args.bc_weight}: there are no expert rows in the batch with --expert-share {args.expert_share}")
     if args.eval_only != bool(args.checkpoint):
         fail("--eval-only and --checkpoint PATH go together")
 
@@ -849,11 +854,12 @@ class LearnedTermination(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- gradient steps
-def sac_update(agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
+def sac_update(agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch.Tensor, args: Args, experts: slice) -> dict[str, torch.Tensor]:
     """One gradient step of critics, actor and temperature (arXiv 1812.05905, eqs. 6, 9, 18).
 
     `batch` has [batch, ...] fields, `actor_obs` [batch, obs] are the states of the actor's and temperature's loss,
-    `noise` [2, batch, act] is standard normal. Returns scalars to log.
+    `noise` [2, batch, act] is standard normal; with bc_weight the actor also clones the batch's rows `experts`.
+    Returns scalars to log.
     """
     alpha = agent.log_alpha.detach().exp()
     with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
@@ -868,6 +874,9 @@ def sac_update(agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch
     with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
         action, log_prob = agent.actor(actor_obs, noise[1])
         actor_loss = (alpha * log_prob - agent.critic(actor_obs, action).amin(0)).mean()
+        if args.bc_weight:
+            cloned, _ = agent.actor(batch.obs[experts], torch.zeros_like(batch.action[experts]))
+            actor_loss = actor_loss + args.bc_weight * F.mse_loss(cloned, batch.action[experts])
     agent.actor_optimizer.step(torch.autograd.grad(actor_loss, agent.actor_optimizer.params))
 
     entropy = -log_prob.detach().mean()
@@ -1302,6 +1311,7 @@ def train(args: Args) -> dict:
     def update_policy(lr_share: float) -> None:
         shares = {real: round(args.real_share * args.batch_size), expert: round(args.expert_share * args.batch_size)}
         shares[imagined] = args.batch_size - sum(shares.values())
+        experts = slice(shares[real], shares[real] + shares[expert])
         shape = (args.updates_per_step, 2 if args.independent_actor_batch else 1)
         rows = torch.cat([b.sample((*shape, n), streams["replay"]) for b, n in shares.items() if n], 2)
         batches, actor_obs = real.split(rows[:, 0]), real.split(rows[:, -1]).obs
@@ -1314,7 +1324,7 @@ def train(args: Args) -> dict:
                 share *= max(0.0, 1 - counters["updates_since_round"] / args.lr_sawtooth)
             agent.actor_optimizer.lr.fill_(args.actor_lr * share)
             agent.critic_optimizer.lr.fill_(args.critic_lr * share)
-            metrics = update(agent, Batch(*(field[u] for field in batches)), actor_obs[u], noise[u], args)
+            metrics = update(agent, Batch(*(field[u] for field in batches)), actor_obs[u], noise[u], args, experts)
             counters["updates"] += 1
             counters["updates_since_round"] += 1
             if counters["updates"] % args.target_update_every == 0:

@@ -1,0 +1,119 @@
+"""Tables and pictures of README and docs, from the committed progress.csv files.
+
+    pip install -r benchmark/requirements.txt && python benchmark/plot.py
+
+Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and benchmark/published/<script>.csv, rewrites
+docs/<script>.png and what stands between `<!-- results <script> -->` and `<!-- end -->` in README.md and docs/.
+Curves are interquartile means over seeds with 95% stratified bootstrap intervals (rliable, arXiv 2108.13264); with
+fewer than four seeds the interquartile mean is the plain mean.
+"""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rliable import library, metrics
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def runs(script: str) -> dict[tuple[str, str], list[Path]]:
+    """Result files of a script by (environment, variant)."""
+    found: dict[tuple[str, str], list[Path]] = {}
+    for path in sorted((ROOT / "benchmark" / "results" / script).glob("*/*/seed*.csv")):
+        found.setdefault((path.parent.name, path.parent.parent.name), []).append(path)
+    return dict(sorted(found.items()))
+
+
+def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Steps [t] that all seeds share, returns [seeds, t], the demonstrations' mean return, and minutes of a run."""
+    tables = [read(path) for path in paths]
+    shared = sorted(set.intersection(*({int(row["env_steps"]) for row in table} for table in tables)))
+    returns = [[float({int(row["env_steps"]): row for row in table}[t]["eval_return_mean"]) for t in shared] for table in tables]
+    minutes = np.mean([float(table[-1]["wall_time_s"]) for table in tables]) / 60
+    return np.array(shared), np.array(returns), float(tables[0][-1]["expert_return"] or "nan"), float(minutes)
+
+
+def iqm(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Interquartile mean [t] over seeds of returns [seeds, t], and its 95% bootstrap interval [2, t]."""
+    np.random.seed(0)
+    point, interval = library.get_interval_estimates(
+        {"": returns[:, None, :]}, lambda x: np.array([metrics.aggregate_iqm(x[..., t]) for t in range(x.shape[-1])]), reps=2_000
+    )
+    return point[""], interval[""]
+
+
+def published(script: str) -> dict[str, list[dict[str, str]]]:
+    """Rows of the published curves by environment (without its version)."""
+    path, found = ROOT / "benchmark" / "published" / f"{script}.csv", {}
+    for row in read(path) if path.exists() else []:
+        found.setdefault(row["env"], []).append(row)
+    return found
+
+
+def table(script: str) -> str:
+    lines = ["| environment | variant | seeds | expert | steps to 90% | last ten evaluations, each seed | of the expert | minutes a run |", "|" + "---|" * 8]
+    for (env_id, variant), paths in runs(script).items():
+        steps, returns, expert, minutes = curve(paths)
+        point, last = iqm(returns)[0], returns[:, -10:].mean(1)
+        reached = steps[point >= 0.9 * expert]
+        first = f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
+        has_expert = np.isfinite(expert)
+        lines.append(
+            f"| {env_id} | {variant} | {len(paths)} | {f'{expert:.0f}' if has_expert else '-'} | {first if has_expert else '-'} | "
+            f"{', '.join(f'{x:.0f}' for x in last)} | {f'{100 * last.mean() / expert:.0f}%' if has_expert else '-'} | {minutes:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def picture(script: str) -> None:
+    results, theirs = runs(script), published(script)
+    envs = list(dict.fromkeys(env_id for env_id, _ in results))
+    figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 3.4), squeeze=False, layout="constrained")
+    for ax, env_id in zip(axes[0], envs, strict=True):
+        for variant in [variant for name, variant in results if name == env_id]:
+            steps, returns, expert, _ = curve(results[env_id, variant])
+            scale = expert if np.isfinite(expert) else 1.0
+            point, interval = iqm(returns)
+            (line,) = ax.plot(steps / 1_000, point / scale, label=f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted")
+            ax.fill_between(steps / 1_000, *(interval / scale), alpha=0.2, color=line.get_color(), lw=0)
+        rows = theirs.get(env_id.rpartition("-")[0], [])
+        if rows:  # each relative to its own expert; their step counts on both axes
+            share = [float(row["return"]) / float(row["expert"]) for row in rows]
+            end = max(ax.get_xlim()[1], float(rows[0]["real_k_steps"]))
+            ax.plot([float(row["counted_k_steps"]) for row in rows], share, "k--", lw=1, label="published, steps as counted there")
+            ax.plot([float(row["real_k_steps"]) for row in rows], share, "k:", lw=1, label="published, upper bound of all steps")
+            ax.axhline(float(rows[0]["bc"]) / float(rows[0]["expert"]), color="grey", lw=0.8, ls="-.", label="published behaviour cloning")
+            ax.set_xlim(0, max(end, 1.5 * float(rows[4]["counted_k_steps"])))
+        ax.axhline(1, color="grey", lw=0.8)
+        ax.set(title=env_id, xlabel="thousand env steps", ylabel="return / expert's", ylim=(-0.1, 1.15))
+        ax.legend(fontsize=6, loc="lower right")
+    figure.savefig(ROOT / "docs" / f"{script}.png", dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    for script in sorted(path.name for path in (ROOT / "benchmark" / "results").iterdir() if path.is_dir()):
+        for path in (path for paths in runs(script).values() for path in paths):
+            about = json.loads(path.with_suffix(".json").read_text())["args"]
+            assert re.sub("[/:]", "-", about["env_id"]) == path.parent.name, f"{path}: its settings are of {about['env_id']}"
+        picture(script)
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+            mark = re.compile(rf"(<!-- results {script} -->\n).*?(<!-- end -->)", re.S)
+            page.write_text(mark.sub(lambda match: f"{match[1]}{table(script)}\n{match[2]}", page.read_text()))
+        print(f"{script}\n{table(script)}")
+
+
+if __name__ == "__main__":
+    main()
