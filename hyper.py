@@ -47,10 +47,11 @@ import sys
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple, NoReturn, Optional
+from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -83,23 +84,23 @@ class Args:
     """torch.compile of the update functions: about a minute of warm-up, then faster"""
     bf16: bool = False
     """hidden layers in bfloat16 (autocast); weights, outputs, losses and optimisers stay float32"""
-    run_dir: Optional[str] = None
+    run_dir: str | None = None
     """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
     checkpoint_every: int = 5_000
     """env steps between checkpoints; 0 for none but the last"""
-    resume: Optional[str] = None
+    resume: str | None = None
     """folder of a run to continue exactly where its checkpoint stands"""
     track: bool = False
     """also log to Weights and Biases (pip install wandb)"""
 
     # Environment and demonstrations
-    demos: Optional[str] = None
+    demos: str | None = None
     """an .npz file (demos/README.md) or "minari:mujoco/hopper/expert-v0"; default demos/<env-id>.npz"""
     num_demos: int = 10
     """trajectories used, the first ones of the file (paper: 64)"""
     p_tremble: float = 0.0
     """probability that a step executes a random action, in evaluation too (paper: 0.01, Humanoid 0.025)"""
-    termination: Optional[str] = None
+    termination: str | None = None
     """when imagined trajectories end: none, learned, or module:function of (obs, action, next_obs); known robots have a rule"""
 
     # Policy
@@ -117,7 +118,7 @@ class Args:
     """initial temperature; stays there without --autotune"""
     autotune: bool = True
     """learn alpha towards the target entropy"""
-    target_entropy: Optional[float] = None
+    target_entropy: float | None = None
     """in nats, of actions scaled to [-1, 1]; default minus the action dimension"""
     gamma: float = 0.99
     """discount factor"""
@@ -240,7 +241,7 @@ class Args:
     """episodes of an evaluation: deterministic policy, true reward, environments of their own (paper: 10)"""
     eval_only: bool = False
     """evaluate (and record) the policy of --checkpoint, train nothing"""
-    checkpoint: Optional[str] = None
+    checkpoint: str | None = None
     """a policy.pt or checkpoint.pt for --eval-only"""
     capture_video: bool = False
     """write a video of the first episode of each evaluation to videos/"""
@@ -248,20 +249,21 @@ class Args:
 
 # Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
 _PAPER = dict(
-    num_demos=64, critic_lr=3e-4, alpha_lr=3e-4, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
-    model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
-    rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout",
-    cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False, actor_average=0, lr_decay=0, cost_gp_target=0.4, cost_members=7, p_tremble=0.01,
-    reset_every=1_000, eval_every=10_000, eval_episodes=10, total_timesteps=751_000,
+    num_demos=64, critic_lr=3e-4, alpha_lr=3e-4, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0,
+    expert_share=0.0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
+    rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout", cost_every=1_000,
+    cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False, cost_gp_target=0.4, cost_members=7, actor_average=0,
+    p_tremble=0.01, reset_every=1_000, eval_every=10_000, eval_episodes=10, total_timesteps=751_000,
 )  # fmt: skip
 _PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
 _PAPER_WALKER = dict(
-    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=20, update_every=2, lr_sawtooth=10_000,
-    model_mean_clamp=40.0, model_cosine=30_000, cost_clamp=40.0, cost_weight_decay=5e-5,
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=20, update_every=2,
+    lr_sawtooth=10_000, model_mean_clamp=40.0, model_cosine=30_000, cost_clamp=40.0, cost_weight_decay=5e-5,
 )  # fmt: skip
 _PAPER_ANT = dict(
-    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=30, model_hidden_sizes=(400,) * 4,
-    model_mean_clamp=40.0, cost_clamp=40.0, cost_weight_decay=5e-5, cost_every=200, total_timesteps=3_151_000,
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=30,
+    model_hidden_sizes=(400,) * 4, model_mean_clamp=40.0, cost_clamp=40.0, cost_weight_decay=5e-5, cost_every=200,
+    total_timesteps=3_151_000,
 )  # fmt: skip
 _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42 of actions in [-1, 1]
     hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, target_entropy=-1.42, updates_per_step=20, update_every=2,
@@ -355,7 +357,7 @@ def check_args(args: Args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- environment
-def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """The environment with flat float observations and actions in [-1, 1].
 
     Dict observations of boxes (dm_control, gymnasium-robotics) are concatenated; Ant and Humanoid observe positions and
@@ -464,7 +466,13 @@ def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int) -> tuple[
         fail(f"{where} has {len(ends)} trajectories, --num-demos asks for {num_demos}")
     n = ends[num_demos - 1]
     actions = 2 * (data["actions"][:n] - low) / (high - low) - 1
-    columns = [data["observations"][:n], actions.clip(-1 + 1e-6, 1 - 1e-6), data["next_observations"][:n], np.zeros((n, 1)), data["terminations"][:n, None]]
+    columns = [
+        data["observations"][:n],
+        actions.clip(-1 + 1e-6, 1 - 1e-6),
+        data["next_observations"][:n],
+        np.zeros((n, 1)),
+        data["terminations"][:n, None],
+    ]
     return torch.from_numpy(np.concatenate(columns, 1, dtype=np.float32)), float(data["rewards"][:n].sum() / num_demos)
 
 
@@ -530,7 +538,7 @@ TERMINATIONS = {
 }  # fmt: skip
 
 
-def termination_rule(args: Args) -> Optional[Callable]:
+def termination_rule(args: Args) -> Callable | None:
     """The function (obs, action, next_obs) -> bool [batch] that ends imagined trajectories; None if it is to be learned."""
     if args.termination == "learned":
         return None
@@ -587,7 +595,7 @@ class ReplayBuffer:
         n = min(n, len(self))
         return self.rows[torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)]
 
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator, newest: Optional[int] = None) -> torch.Tensor:
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator, newest: int | None = None) -> torch.Tensor:
         """Rows [*shape, width], uniformly with replacement, from the `newest` ones if given."""
         n = min(newest or len(self), len(self))
         index = torch.randint(n, shape, generator=generator, device=self.rows.device)
@@ -659,7 +667,7 @@ class Actor(nn.Module):
         return raw.tanh(), log_prob.sum(-1)
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, generator: Optional[torch.Generator] = None) -> np.ndarray:
+    def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """Action [act] at obs [obs]: sampled with a generator, deterministic (the mean) without."""
         device = next(self.parameters()).device
         mean, log_std = self.net(torch.as_tensor(obs, dtype=torch.float32, device=device)[None, None])[0, 0].chunk(2, -1)
@@ -854,7 +862,9 @@ class LearnedTermination(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- gradient steps
-def sac_update(agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch.Tensor, args: Args, experts: slice) -> dict[str, torch.Tensor]:
+def sac_update(
+    agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch.Tensor, args: Args, experts: slice
+) -> dict[str, torch.Tensor]:
     """One gradient step of critics, actor and temperature (arXiv 1812.05905, eqs. 6, 9, 18).
 
     `batch` has [batch, ...] fields, `actor_obs` [batch, obs] are the states of the actor's and temperature's loss,
@@ -924,7 +934,9 @@ def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torc
 
 
 # ---------------------------------------------------------------------------------------------- model
-def fit_dynamics(dynamics, optimizer, update, batch: Batch, weights: torch.Tensor, max_batches: int, args: Args, generator) -> dict[str, float]:
+def fit_dynamics(
+    dynamics, optimizer, update, batch: Batch, weights: torch.Tensor, max_batches: int, args: Args, generator
+) -> dict[str, float]:
     """Fits the ensemble to transitions `batch` [n, ...], drawn in proportion to weights [n].
 
     A fifth is held out. Each member has its own bootstrap of the rest, fixed for the call. Epochs go on until
@@ -1010,7 +1022,7 @@ def model_error(dynamics: EnsembleDynamics, batch: Batch, length: int) -> float:
 
 
 # ---------------------------------------------------------------------------------------------- evaluation and logs
-def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0, video: Optional[Path] = None) -> dict:
+def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0, video: Path | None = None) -> dict:
     """Deterministic episodes of the true reward; the same seed gives the same ones. Films the first one to `video`-....mp4."""
     film = video and gym.wrappers.RecordVideo(env, str(video.parent), lambda n: n == 0, name_prefix=video.name, disable_logger=True)
     env, returns, lengths, successes = ResumableEnv(film or env, seed, p_tremble), [], [], []
@@ -1130,7 +1142,9 @@ def make_run_dir(args: Args) -> Path:
 def save_checkpoint(run_dir: Path, parts: dict, counters: dict[str, int], policy: dict) -> None:
     """checkpoint.pt: everything that `parts` (objects with a state_dict) and the random streams among them hold."""
     env_steps = counters["env_steps"]
-    check_finite({f"{name}.{k}": p for name, part in parts.items() if isinstance(part, nn.Module) for k, p in part.named_parameters()}, env_steps)
+    check_finite(
+        {f"{name}.{k}": p for name, part in parts.items() if isinstance(part, nn.Module) for k, p in part.named_parameters()}, env_steps
+    )
     states = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
     content = dict(script=SCRIPT, counters=counters, policy=policy, parts=states)
     write_atomically(run_dir / "checkpoint.pt", lambda file: torch.save(content, file))
@@ -1243,7 +1257,14 @@ def train(args: Args) -> dict:
     hybrid = ReplayBuffer(args.hybrid_size or 1, obs_dim, act_dim, device)  # D_hyb, if it is a queue of its own
     hybrid.extend(expert_rows if args.hybrid_size else expert_rows[:0])
     imagined = ReplayBuffer(1, obs_dim, act_dim, device)  # D_model
-    parts = dict(agent=agent, average_actor=average_actor, dynamics=dynamics, dynamics_optimizer=dynamics_optimizer, cost=cost, cost_optimizer=cost_optimizer)
+    parts = dict(
+        agent=agent,
+        average_actor=average_actor,
+        dynamics=dynamics,
+        dynamics_optimizer=dynamics_optimizer,
+        cost=cost,
+        cost_optimizer=cost_optimizer,
+    )
     parts |= dict(real=real, hybrid=hybrid, imagined=imagined, env=env, cost_env=cost_env)
     parts |= {f"{name}_stream": stream for name, stream in streams.items()}
     if terminates is None:
@@ -1297,7 +1318,9 @@ def train(args: Args) -> dict:
         epoch = (counters["train_steps"] - args.initial_steps) // 1_000 + 1
         length = rollout_length(args.rollout_schedule, epoch)
         n = args.rollouts_per_step * args.model_every
-        from_expert = torch.rand(n if args.start_coin == "each" else 1, generator=streams["rollout"], device=device) < args.expert_start_prob
+        from_expert = (
+            torch.rand(n if args.start_coin == "each" else 1, generator=streams["rollout"], device=device) < args.expert_start_prob
+        )
         starts = [buffer.split(buffer.sample((n,), streams["rollout"])).obs for buffer in (expert, real)]
         start = torch.where(from_expert[:, None], *starts)
         capacity = length * args.rollouts_per_step * 1_000 * args.rollout_retain
@@ -1306,7 +1329,12 @@ def train(args: Args) -> dict:
         imagined.extend(imagine(dynamics, agent.actor, start, length, terminates, args, streams["rollout"]))
         recent = real.split(real.newest(1_000))
         log.add({"model/rollout_length": length, "model/error_1_step": model_error(dynamics, recent, 1)})
-        log.add({"model/error_5_steps": model_error(dynamics, recent, 5), "model/disagreement": dynamics.disagreement(start, agent.actor(start, torch.zeros(n, act_dim, device=device))[0]).mean()})
+        log.add(
+            {
+                "model/error_5_steps": model_error(dynamics, recent, 5),
+                "model/disagreement": dynamics.disagreement(start, agent.actor(start, torch.zeros(n, act_dim, device=device))[0]).mean(),
+            }
+        )
 
     def update_policy(lr_share: float) -> None:
         shares = {real: round(args.real_share * args.batch_size), expert: round(args.expert_share * args.batch_size)}
@@ -1356,13 +1384,17 @@ def train(args: Args) -> dict:
         counters["cost_rounds"] += 1
         counters["updates_since_round"] = 0
 
+    def crossed(every: int) -> bool:
+        """Whether this iteration's steps (a cost round takes many) passed a multiple of `every`."""
+        return bool(every) and counters["env_steps"] // every > before // every
+
     if not log.rows:
         evaluate_and_save_policy()
     while counters["env_steps"] < args.total_timesteps and not stop.received:
         before = counters["env_steps"]
         training = counters["train_steps"] >= args.initial_steps
         action = agent.actor.act(obs, None if training else streams["policy"])
-        next_obs, reward, terminated, truncated, _ = env.step(action)
+        next_obs, _, terminated, truncated, _ = env.step(action)
         real.add(obs, action, 0.0, next_obs, terminated)
         if args.hybrid_size:
             hybrid.extend(torch.cat([real.newest(1), expert.sample((1,), streams["replay"])]))
@@ -1391,7 +1423,6 @@ def train(args: Args) -> dict:
 
         env_steps = counters["env_steps"]
         log.bar.update(env_steps - before)
-        crossed = lambda every: every and env_steps // every > before // every  # noqa: E731
         finished = env_steps >= args.total_timesteps
         if crossed(args.eval_every) or finished:
             evaluate_and_save_policy()

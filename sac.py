@@ -45,10 +45,11 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple, NoReturn, Optional
+from typing import Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -81,11 +82,11 @@ class Args:
     """torch.compile of the update functions: about a minute of warm-up, then faster"""
     bf16: bool = False
     """hidden layers in bfloat16 (autocast); weights, outputs, losses and optimisers stay float32"""
-    run_dir: Optional[str] = None
+    run_dir: str | None = None
     """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
     checkpoint_every: int = 50_000
     """env steps between checkpoints; 0 for none but the last"""
-    resume: Optional[str] = None
+    resume: str | None = None
     """folder of a run to continue exactly where its checkpoint stands"""
     track: bool = False
     """also log to Weights and Biases (pip install wandb)"""
@@ -105,7 +106,7 @@ class Args:
     """initial temperature; stays there without --autotune"""
     autotune: bool = True
     """learn alpha towards the target entropy"""
-    target_entropy: Optional[float] = None
+    target_entropy: float | None = None
     """in nats, of actions scaled to [-1, 1]; default minus the action dimension"""
     gamma: float = 0.99
     """discount factor"""
@@ -131,15 +132,15 @@ class Args:
     """episodes of an evaluation: deterministic policy, true reward, environments of their own"""
     eval_only: bool = False
     """evaluate (and record) the policy of --checkpoint, train nothing"""
-    checkpoint: Optional[str] = None
+    checkpoint: str | None = None
     """a policy.pt or checkpoint.pt for --eval-only"""
     capture_video: bool = False
     """write a video of the first episode of each evaluation to videos/"""
-    record_demos: Optional[str] = None
+    record_demos: str | None = None
     """write demonstrations of the final (or --checkpoint) policy to this .npz file"""
     record_episodes: int = 10
     """full-length episodes to record"""
-    record_level: Optional[float] = None
+    record_level: float | None = None
     """record not the final actor but the first one whose evaluation reached this fraction of the final return"""
 
 
@@ -216,7 +217,7 @@ def check_args(args: Args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- environment
-def make_env(env_id: str, render_mode: Optional[str] = None) -> gym.Env:
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """The environment with flat float observations and actions in [-1, 1].
 
     Dict observations of boxes (dm_control, gymnasium-robotics) are concatenated; Ant and Humanoid observe positions and
@@ -335,7 +336,7 @@ class ReplayBuffer:
         n = min(n, len(self))
         return self.rows[torch.arange(self.added - n, self.added, device=self.rows.device) % len(self.rows)]
 
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator, newest: Optional[int] = None) -> torch.Tensor:
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator, newest: int | None = None) -> torch.Tensor:
         """Rows [*shape, width], uniformly with replacement, from the `newest` ones if given."""
         n = min(newest or len(self), len(self))
         index = torch.randint(n, shape, generator=generator, device=self.rows.device)
@@ -407,7 +408,7 @@ class Actor(nn.Module):
         return raw.tanh(), log_prob.sum(-1)
 
     @torch.no_grad()
-    def act(self, obs: np.ndarray, generator: Optional[torch.Generator] = None) -> np.ndarray:
+    def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """Action [act] at obs [obs]: sampled with a generator, deterministic (the mean) without."""
         device = next(self.parameters()).device
         mean, log_std = self.net(torch.as_tensor(obs, dtype=torch.float32, device=device)[None, None])[0, 0].chunk(2, -1)
@@ -522,7 +523,7 @@ def target_update(agent: Agent, tau: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- evaluation and logs
-def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0, video: Optional[Path] = None) -> dict:
+def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0, video: Path | None = None) -> dict:
     """Deterministic episodes of the true reward; the same seed gives the same ones. Films the first one to `video`-....mp4."""
     film = video and gym.wrappers.RecordVideo(env, str(video.parent), lambda n: n == 0, name_prefix=video.name, disable_logger=True)
     env, returns, lengths, successes = ResumableEnv(film or env, seed, p_tremble), [], [], []
@@ -642,7 +643,9 @@ def make_run_dir(args: Args) -> Path:
 def save_checkpoint(run_dir: Path, parts: dict, counters: dict[str, int], policy: dict) -> None:
     """checkpoint.pt: everything that `parts` (objects with a state_dict) and the random streams among them hold."""
     env_steps = counters["env_steps"]
-    check_finite({f"{name}.{k}": p for name, part in parts.items() if isinstance(part, nn.Module) for k, p in part.named_parameters()}, env_steps)
+    check_finite(
+        {f"{name}.{k}": p for name, part in parts.items() if isinstance(part, nn.Module) for k, p in part.named_parameters()}, env_steps
+    )
     states = {name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict() for name, part in parts.items()}
     content = dict(script=SCRIPT, counters=counters, policy=policy, parts=states)
     write_atomically(run_dir / "checkpoint.pt", lambda file: torch.save(content, file))

@@ -63,7 +63,10 @@ def published(script: str) -> dict[str, list[dict[str, str]]]:
 
 
 def table(script: str) -> str:
-    lines = ["| environment | variant | seeds | expert | steps to 90% | last ten evaluations, each seed | of the expert | minutes a run |", "|" + "---|" * 8]
+    lines = [
+        "| environment | variant | seeds | expert | steps to 90% | last ten evaluations, each seed | of the expert | minutes a run |",
+        "|" + "---|" * 8,
+    ]
     for (env_id, variant), paths in runs(script).items():
         steps, returns, expert, minutes = curve(paths)
         point, last = iqm(returns)[0], returns[:, -10:].mean(1)
@@ -86,7 +89,9 @@ def picture(script: str) -> None:
             steps, returns, expert, _ = curve(results[env_id, variant])
             scale = expert if np.isfinite(expert) else 1.0
             point, interval = iqm(returns)
-            (line,) = ax.plot(steps / 1_000, point / scale, label=f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted")
+            (line,) = ax.plot(
+                steps / 1_000, point / scale, label=f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted"
+            )
             ax.fill_between(steps / 1_000, *(interval / scale), alpha=0.2, color=line.get_color(), lw=0)
         rows = theirs.get(env_id.rpartition("-")[0], [])
         if rows:  # each relative to its own expert; their step counts on both axes
@@ -111,7 +116,7 @@ def main() -> None:
         picture(script)
         for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
             mark = re.compile(rf"(<!-- results {script} -->\n).*?(<!-- end -->)", re.S)
-            page.write_text(mark.sub(lambda match: f"{match[1]}{table(script)}\n{match[2]}", page.read_text()))
+            page.write_text(mark.sub(rf"\g<1>{table(script)}\n\2", page.read_text()))
         print(f"{script}\n{table(script)}")
 
 

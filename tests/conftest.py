@@ -8,7 +8,7 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests import pointmass  # noqa: E402
+from tests import pointmass
 
 TINY = ["--hidden-sizes", "16", "16", "--batch-size", "16", "--eval-episodes", "1"]
 TINY_SAC = [*TINY, "--buffer-size", "1000", "--learning-starts", "60"]

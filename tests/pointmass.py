@@ -52,7 +52,10 @@ def terminates(obs: torch.Tensor, action: torch.Tensor, next_obs: torch.Tensor) 
 
 def write_demos(path, episodes: int = 5, seed: int = 0) -> None:
     """The README's recipe for a demonstration file, on this environment."""
-    env, rows = gym.make("PointMass-v0"), {k: [] for k in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")}
+    env, rows = (
+        gym.make("PointMass-v0"),
+        {k: [] for k in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")},
+    )
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed + episode)
         done = False

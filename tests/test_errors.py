@@ -39,10 +39,11 @@ WRONG = [
     (hyper, ["--env-id", "Swimmer-v4"], r"demos/Swimmer-v4.npz: not a readable .npz file.*No such file"),
     (hyper, [*HOPPER, "--num-demos", "11"], r"has 10 trajectories, --num-demos asks for 11"),
     (hyper, [*HOPPER, "--num-demos", "0"], r"--num-demos must be positive, got 0"),
-    (hyper, [*HOPPER, "--demos", str(ROOT / "demos/Ant-v4.npz")], r"Hopper-v4 has 11-dim observations, the file has 27: recorded on Ant-v4\?"),
+    (hyper, [*HOPPER, "--demos", str(ROOT / "demos/Ant-v4.npz")], r"has 11-dim observations, the file has 27: recorded on Ant-v4\?"),
     (hyper, [*HOPPER, "--demos", "minari:no/such-v0"], r"minari:no/such-v0: cannot be loaded"),
     (hyper, [*HOPPER, "--model-elites", "9"], r"--model-elites 9: the ensemble has only 7 members"),
     (hyper, [*HOPPER, "--real-share", "0.8", "--expert-share", "0.8"], r"more than the whole batch"),
+    (hyper, [*HOPPER, "--bc-weight", "1", "--expert-share", "0"], r"no expert rows in the batch"),
     (hyper, [*HOPPER, "--expert-start-prob", "2"], r"--expert-start-prob must be between 0 and 1, got 2.0"),
     (hyper, [*HOPPER, "--termination", "no_such_module:f"], r"--termination no_such_module:f: No module named"),
     (hyper, [*HOPPER, "--cost-reduce", "median"], r"median.*--cost-reduce.*min.*mean.*max"),
@@ -123,7 +124,9 @@ def test_unreadable_and_foreign_checkpoints(finished, capsys, tmp_path, hyper_po
     assert "written by another program" in complaint(sac, ["--resume", str(finished)], capsys, tmp_path)
     assert (finished / "progress.csv").exists()
     checkpoint.write_bytes(whole)
-    line = complaint(sac, ["--eval-only", "--checkpoint", str(finished / "args.json"), *HOPPER, "--resume", str(finished)][:3], capsys, tmp_path)
+    line = complaint(
+        sac, ["--eval-only", "--checkpoint", str(finished / "args.json"), *HOPPER, "--resume", str(finished)][:3], capsys, tmp_path
+    )
     assert "not a readable checkpoint" in line
 
 

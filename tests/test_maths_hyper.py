@@ -1,5 +1,6 @@
 """HyPER's blocks against hand calculation or a second method. Numbers in the names refer to the reference page's equations."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import hyper
+import sac
 
 TINY = hyper.Args(model_members=7, model_elites=5, model_hidden_sizes=(8, 8), hidden_sizes=(8, 8), model_batch_size=32)
 
@@ -80,7 +82,9 @@ def test_cost_reductions_and_clamp():
     torch.testing.assert_close(clamped, members.clamp(-0.1, 0.1).mean(0))
 
 
-@pytest.mark.parametrize("rounds,lr0,travel", [(100, 8e-4, 0.0099), (200, 8e-4, 0.0110), (150, 8e-4, 0.0105), (749, 8e-4, 0.0131), (100, 8e-3, 0.099)])
+@pytest.mark.parametrize(
+    "rounds,lr0,travel", [(100, 8e-4, 0.0099), (200, 8e-4, 0.0110), (150, 8e-4, 0.0105), (749, 8e-4, 0.0131), (100, 8e-3, 0.099)]
+)
 def test_published_cost_steps_follow_the_sign_with_harmonic_size(rounds, lr0, travel):
     """Step sizes lr0, lr0, lr0/2, lr0/3, ...: with one sign-like step each, a weight travels at most 2 lr0 (1 + H)."""
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
@@ -93,6 +97,36 @@ def test_published_cost_steps_follow_the_sign_with_harmonic_size(rounds, lr0, tr
     np.testing.assert_allclose(moves[:4], [2 * lr0, 2 * lr0, lr0, 2 * lr0 / 3], rtol=1e-5)
     assert p.item() == pytest.approx(2 * lr0 * (1 + sum(1 / k for k in range(1, rounds))), rel=1e-4)
     assert p.item() == pytest.approx(travel, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------- policy
+def test_behaviour_cloning_pulls_the_mean_action_to_the_expert_rows_only():
+    torch.manual_seed(0)
+    obs, action = torch.randn(64, 3), torch.rand(64, 2) - 0.5
+    batch = hyper.Batch(obs, action, torch.zeros(64), obs, torch.zeros(64))
+    errors = {}
+    for weight in (0.0, 1_000.0):
+        args = hyper.Args(hidden_sizes=(64, 64), bc_weight=weight, actor_lr=3e-3)
+        torch.manual_seed(1)
+        agent = hyper.Agent(3, 2, args)
+        for _ in range(300):
+            hyper.sac_update(agent, batch, obs, torch.randn(2, 64, 2), args, slice(16, 48))
+        error = (agent.actor(obs, torch.zeros(64, 2))[0] - action).square().mean(1)
+        errors[weight] = error[16:48].mean().item(), torch.cat([error[:16], error[48:]]).mean().item()
+    assert errors[1_000.0][0] < 0.01 < 0.05 < errors[0.0][0]
+    assert errors[1_000.0][1] > 5 * errors[1_000.0][0]
+
+
+def test_sac_update_without_cloning_is_the_one_of_sac():
+    torch.manual_seed(0)
+    obs, action = torch.randn(32, 3), torch.rand(32, 2) - 0.5
+    batch, noise = hyper.Batch(obs, action, torch.randn(32), obs, torch.zeros(32)), torch.randn(2, 32, 2)
+    agent = hyper.Agent(3, 2, TINY)
+    other = copy.deepcopy(agent)
+    ours = hyper.sac_update(agent, batch, obs, noise, TINY, slice(0, 0))
+    theirs = sac.sac_update(other, batch, obs, noise, TINY)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(torch.equal(p, q) for p, q in zip(agent.parameters(), other.parameters(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------- dynamics
@@ -126,7 +160,8 @@ def test_nll_gradient_against_finite_differences():
         return (-2 * gaussian.log_prob(targets) - math.log(2 * math.pi)).mean((1, 2)).sum()
 
     class Catch:
-        params = list(model.parameters())
+        def __init__(self):
+            self.params = list(model.parameters())
 
         def step(self, grads):
             self.grads = grads
@@ -220,7 +255,9 @@ def test_fit_learns_dynamics():
     obs, action = torch.randn(2000, 2), torch.rand(2000, 1) * 2 - 1
     batch = hyper.Batch(obs, action, torch.zeros(2000), obs + torch.cat([action, obs[:, :1].tanh()], -1), torch.zeros(2000))
     model = hyper.EnsembleDynamics(2, 1, args)
-    logged = hyper.fit_dynamics(model, hyper.Adam(model.parameters(), 3e-3), hyper.dynamics_update, batch, torch.ones(2000), 600, args, generator())
+    logged = hyper.fit_dynamics(
+        model, hyper.Adam(model.parameters(), 3e-3), hyper.dynamics_update, batch, torch.ones(2000), 600, args, generator()
+    )
     assert logged["model/hold_out_mse"] < 0.01  # the change has variance 0.36
 
 
@@ -318,7 +355,7 @@ def test_termination_rules_agree_with_the_environment(env_id):
     env = hyper.make_env(env_id)
     env.action_space.seed(0)
     ended, truth, predicted = 0, [], []
-    obs, _ = env.reset(seed=0)
+    env.reset(seed=0)
     for _ in range(1500):
         next_obs, _, terminated, truncated, _ = env.step(env.action_space.sample())
         x = torch.as_tensor(next_obs, dtype=torch.float32)[None]
@@ -326,7 +363,7 @@ def test_termination_rules_agree_with_the_environment(env_id):
         predicted.append(bool(rule(None, None, x)))
         ended += terminated
         if terminated or truncated:
-            obs, _ = env.reset()
+            env.reset()
     # float32 may flip a value that stands exactly on the bound
     assert sum(a != b for a, b in zip(truth, predicted, strict=True)) == 0
     assert ended > 5 or env_id.startswith(("HalfCheetah", "Ant"))

@@ -19,7 +19,7 @@ from tests.conftest import POINT, TINY_HYPER, TINY_SAC, rows, run
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", 3))
-COLUMNS = "env_steps updates eval_return_mean eval_return_std eval_success_rate expert_return".split()
+COLUMNS = ["env_steps", "updates", "eval_return_mean", "eval_return_std", "eval_success_rate", "expert_return"]
 
 
 def argv_of(script, hyper_point) -> list[str]:
@@ -43,7 +43,9 @@ def test_run_folder_is_complete(script, tmp_path, hyper_point):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("env_id", ["Hopper-v4", "Walker2d-v5", "Ant-v4", "Ant-v5", "Humanoid-v5", "dm_control/cartpole-balance-v0", "PointMaze_UMaze-v3"])
+@pytest.mark.parametrize(
+    "env_id", ["Hopper-v4", "Walker2d-v5", "Ant-v4", "Ant-v5", "Humanoid-v5", "dm_control/cartpole-balance-v0", "PointMaze_UMaze-v3"]
+)
 def test_sac_runs_on_every_kind_of_environment(env_id, tmp_path):
     run(sac, ["--env-id", env_id, *TINY_SAC, "--total-timesteps", "70", "--eval-every", "70", "--run-dir", tmp_path])
     assert all(np.isfinite(float(row["eval_return_mean"])) for row in rows(tmp_path))
@@ -63,7 +65,20 @@ VARIANTS = [
     ["--model-data", "learner", "--expert-start-prob", "0"],
     ["--expert-start-prob", "1", "--cost-reduce", "max", "--cost-members", "3", "--pessimism-coef", "0.5"],
     ["--p-tremble", "0.2", "--termination", "learned", "--cost-reduce", "mean", "--bf16"],
-    ["--hybrid-size", "100", "--start-coin", "call", "--cost-window", "50", "--lr-sawtooth", "10", "--reset-every", "7", "--model-cosine", "9"],
+    [
+        "--hybrid-size",
+        "100",
+        "--start-coin",
+        "call",
+        "--cost-window",
+        "50",
+        "--lr-sawtooth",
+        "10",
+        "--reset-every",
+        "7",
+        "--model-cosine",
+        "9",
+    ],
 ]
 
 
@@ -118,7 +133,9 @@ def environment() -> dict:
 def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, hyper_point):
     argv = [*argv_of(script, hyper_point), "--eval-every", "100", "--total-timesteps", "800", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
-    process = subprocess.Popen(command(script, [*argv, "--run-dir", tmp_path / "cut"]), env=environment(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(script, [*argv, "--run-dir", tmp_path / "cut"]), env=environment(), stderr=subprocess.PIPE, text=True
+    )
     while not (tmp_path / "cut" / "progress.csv").exists() or len(rows(tmp_path / "cut")) < 4:
         time.sleep(0.01)
         assert process.poll() is None
@@ -186,7 +203,22 @@ def test_recent_cost_data_takes_no_extra_steps(tmp_path, hyper_point, monkeypatc
 
 @pytest.mark.parametrize("script,name", [(sac, "buffer"), (hyper, "real")])
 def test_time_limits_do_not_stop_bootstrapping(script, name, tmp_path, hyper_point):
-    run(script, [*argv_of(script, hyper_point), "--total-timesteps", "220", "--seed", "5", "--tau", "0.0001", "--actor-lr", "1e-9", "--run-dir", tmp_path])
+    run(
+        script,
+        [
+            *argv_of(script, hyper_point),
+            "--total-timesteps",
+            "220",
+            "--seed",
+            "5",
+            "--tau",
+            "0.0001",
+            "--actor-lr",
+            "1e-9",
+            "--run-dir",
+            tmp_path,
+        ],
+    )
     parts = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]
     stored = parts[name]["rows"]
     continues = (stored[:-1, 6:10] == stored[1:, :4]).all(-1)
@@ -198,10 +230,24 @@ def test_time_limits_do_not_stop_bootstrapping(script, name, tmp_path, hyper_poi
 
 def test_eval_only_record_and_imitate(tmp_path):
     """A trained actor records demonstrations, which load and are what the actor does."""
-    argv = [*POINT, *TINY_SAC, "--gamma", "0.9", "--actor-lr", "3e-3", "--critic-lr", "3e-3", "--total-timesteps", "900", "--run-dir", tmp_path / "run"]
+    argv = [
+        *POINT,
+        *TINY_SAC,
+        "--gamma",
+        "0.9",
+        "--actor-lr",
+        "3e-3",
+        "--critic-lr",
+        "3e-3",
+        "--total-timesteps",
+        "900",
+        "--run-dir",
+        tmp_path / "run",
+    ]
     run(sac, argv)
+    policy = tmp_path / "run" / "policy.pt"
     result = subprocess.run(
-        command(sac, ["--eval-only", "--checkpoint", tmp_path / "run" / "policy.pt", "--record-demos", tmp_path / "d.npz", "--record-episodes", 3]),
+        command(sac, ["--eval-only", "--checkpoint", policy, "--record-demos", tmp_path / "d.npz", "--record-episodes", 3]),
         env=environment(), capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -222,7 +268,22 @@ def test_eval_only_record_and_imitate(tmp_path):
 
 def test_record_level_keeps_the_actor_that_first_reached_it(tmp_path):
     demos = tmp_path / "medium.npz"
-    argv = [*POINT, *TINY_SAC, "--gamma", "0.9", "--actor-lr", "3e-3", "--critic-lr", "3e-3", "--total-timesteps", "900", "--eval-every", "50", "--run-dir", tmp_path / "run"]
+    argv = [
+        *POINT,
+        *TINY_SAC,
+        "--gamma",
+        "0.9",
+        "--actor-lr",
+        "3e-3",
+        "--critic-lr",
+        "3e-3",
+        "--total-timesteps",
+        "900",
+        "--eval-every",
+        "50",
+        "--run-dir",
+        tmp_path / "run",
+    ]
     run(sac, [*argv, "--record-demos", demos, "--record-episodes", 2, "--record-level", "0.33"])
     returns = [(float(row["eval_return_mean"]), int(row["env_steps"])) for row in rows(tmp_path / "run")]
     first, last = returns[0][0], returns[-1][0]
@@ -247,7 +308,9 @@ def test_minari_dataset_loads_like_the_same_npz(tmp_path, monkeypatch, demos):
         ))  # fmt: skip
         start = end
     space = gym.make("PointMass-v0").unwrapped
-    minari.create_dataset_from_buffers("point/expert-v0", buffers, observation_space=space.observation_space, action_space=space.action_space)
+    minari.create_dataset_from_buffers(
+        "point/expert-v0", buffers, observation_space=space.observation_space, action_space=space.action_space
+    )
     env = hyper.make_env(POINT[1])
     ours, theirs = (hyper.load_demos(source, POINT[1], env, 5) for source in (demos, "minari:point/expert-v0"))
     torch.testing.assert_close(ours[0], theirs[0])
@@ -280,7 +343,20 @@ def test_a_script_runs_alone_in_an_empty_folder(script, tmp_path):
 
 
 def test_sac_learns(tmp_path):
-    argv = [*POINT, "--hidden-sizes", "32", "32", "--batch-size", "64", "--learning-starts", "200", "--eval-every", "1000", "--gamma", "0.9"]
+    argv = [
+        *POINT,
+        "--hidden-sizes",
+        "32",
+        "32",
+        "--batch-size",
+        "64",
+        "--learning-starts",
+        "200",
+        "--eval-every",
+        "1000",
+        "--gamma",
+        "0.9",
+    ]
     last = run(sac, [*argv, "--actor-lr", "3e-3", "--critic-lr", "3e-3", "--total-timesteps", "3000", "--run-dir", tmp_path])
     table = rows(tmp_path)
     assert last["eval_success_rate"] >= 0.9 and last["eval_return_mean"] > 35 > float(table[0]["eval_return_mean"])
@@ -289,8 +365,32 @@ def test_sac_learns(tmp_path):
 def test_hyper_imitates(tmp_path, demos):
     argv = [*POINT, "--demos", demos, "--num-demos", "5", "--termination", "tests.pointmass:terminates", "--hidden-sizes", "32", "32"]
     argv += ["--model-hidden-sizes", "32", "32", "--model-every", "50", "--model-first-batches", "300", "--model-max-batches", "40"]
-    argv += ["--batch-size", "64", "--initial-steps", "200", "--updates-per-step", "4", "--cost-lr", "1e-3", "--actor-lr", "1e-3", "--gamma", "0.9"]
+    argv += [
+        "--batch-size",
+        "64",
+        "--initial-steps",
+        "200",
+        "--updates-per-step",
+        "4",
+        "--cost-lr",
+        "1e-3",
+        "--actor-lr",
+        "1e-3",
+        "--gamma",
+        "0.9",
+    ]
     last = run(hyper, [*argv, "--total-timesteps", "1200", "--eval-every", "200", "--eval-episodes", "10", "--run-dir", tmp_path])
     assert last["eval_return_mean"] > 0.93 * last["expert_return"] > 0.93 * 30
     assert float(rows(tmp_path)[0]["eval_return_mean"]) < 0.8 * last["expert_return"]
     assert last["eval_success_rate"] == 1
+
+
+def test_launcher_files_each_seed_and_goes_on_where_one_stopped(tmp_path):
+    words = [*POINT, *TINY_SAC, "--total-timesteps", "120", "--eval-every", "60"]
+    argv = [sys.executable, ROOT / "benchmark" / "launch.py", "sac.py", "--seeds", "1", "2", "--parallel", "2", "--runs", tmp_path / "runs"]
+    argv += ["--results", tmp_path / "results", "--", *words]
+    for _ in range(2):  # the second time finds finished runs
+        result = subprocess.run([str(word) for word in argv], env=environment(), capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0 and "seed 2:" in result.stdout, result.stderr
+    filed = sorted(path.name for path in (tmp_path / "results" / "sac" / "default" / "tests.pointmass-PointMass-v0").iterdir())
+    assert filed == ["seed1.csv", "seed1.json", "seed2.csv", "seed2.json"]

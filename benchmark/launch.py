@@ -1,0 +1,62 @@
+"""Runs seeds side by side, one core each, and files their progress.csv under benchmark/results.
+
+    python benchmark/launch.py hyper.py --seeds 1 2 3 --parallel 2 -- --env-id Hopper-v4 --compile --bf16
+
+What stands after `--` goes to the script. A run that was interrupted goes on from its checkpoint when the same command is given
+again. `--variant` names the folder of the results when settings differ from the preset's (default: the preset).
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(script: str, seed: int, words: list[str], variant: str | None, runs: Path, results: Path) -> str:
+    """One seed from start to filed result; returns a line about it."""
+    run_dir = runs / re.sub(r"[^\w.-]+", "_", " ".join([Path(script).stem, *words, variant or "", str(seed)]))
+    new = not (run_dir / "checkpoint.pt").exists()
+    if new:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    argv = [*words, "--seed", str(seed), "--run-dir", str(run_dir)] if new else ["--resume", str(run_dir)]
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(f"{run_dir}.log", "a") as log:
+        code = subprocess.run(
+            [sys.executable, str(ROOT / script), *argv], stdout=log, stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ}
+        ).returncode
+    if code:
+        return f"seed {seed}: exit code {code}, see {run_dir}.log"
+    args = json.loads((run_dir / "args.json").read_text())["args"]
+    folder = results / Path(script).stem / (variant or args["preset"]) / re.sub("[/:]", "-", args["env_id"])
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run_dir / "progress.csv", folder / f"seed{seed}.csv")
+    shutil.copy(run_dir / "args.json", folder / f"seed{seed}.json")
+    return f"seed {seed}: {folder / f'seed{seed}.csv'}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", help="file name of the script, such as hyper.py")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--parallel", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--variant", help="folder of the results instead of the preset's name")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where run folders go")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmark" / "results", help="where results are filed")
+    options, words = parser.parse_args(sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else None), []
+    if "--" in sys.argv:
+        words = sys.argv[sys.argv.index("--") + 1 :]
+    with ThreadPoolExecutor(options.parallel) as pool:
+        lines = pool.map(lambda seed: launch(options.script, seed, words, options.variant, options.runs, options.results), options.seeds)
+        for line in lines:
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Every command that README and docs show is understood by the script that it names; every metric and file exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import hyper
+import sac
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "demos" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = dict(sac=sac, hyper=hyper)
+COMMANDS = sorted({
+    (page.name, match[1], match[2]) for page in PAGES
+    for match in re.finditer(r"(?:python|uv run) (\w+)\.py((?: [^\n`&|#]+)?)", page.read_text())
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("page,script,argv", COMMANDS)
+def test_command_is_understood(page, script, argv):
+    words = [word for word in shlex.split(argv) if word != "\\"]
+    if any("RUN_DIR" in word for word in words):
+        return
+    args = MODULES[script].parse_args(words)
+    MODULES[script].check_args(args)
+    if "--env-id" in words:
+        MODULES[script].make_env(args.env_id) if ":" not in args.env_id else None
+
+
+def test_there_are_commands_to_check():
+    assert len([c for c in COMMANDS if c[0] == "README.md"]) >= 3 and {c[1] for c in COMMANDS} == set(MODULES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text()):
+        assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_every_metric_and_every_setting_is_explained(script):
+    source, page = (ROOT / f"{script}.py").read_text(), (ROOT / "docs" / f"{script}.md").read_text()
+    for metric in set(re.findall(r'"((?:charts|losses|model|reward)/\w+)"', source)):
+        assert f"`{metric}`" in page, metric
+
+
+def test_no_committed_file_is_large():
+    for path in ROOT.rglob("*"):
+        if path.is_file() and not {".git", "runs", ".venv", ".ruff_cache"} & set(path.relative_to(ROOT).parts):
+            assert path.stat().st_size < 5_000_000, path
