@@ -15,7 +15,7 @@
 #     "tqdm==4.70.1",
 # ]
 # ///
-"""HyPER: Hybrid Policy Optimisation with Expert Resets, model-based (Ren, Swamy, Wu, Bagnell, Choudhury, "Hybrid Inverse
+"""HyPER: Hybrid Policy Emulation with Resets (Ren, Swamy, Wu, Bagnell, Choudhury, "Hybrid Inverse
 Reinforcement Learning", arXiv 2402.08848).
 
 Imitation as a game: a reward player learns a cost that is low on expert and high on learner transitions; a policy player
@@ -73,9 +73,11 @@ class Args:
     seed: int = 1
     """seed of every random stream of the run"""
     preset: Literal["default", "paper"] = "default"
-    """settings to start from; any other flag beats them. "paper" is the authors\' released setting"""
+    """settings to start from; any other flag beats them. "paper" is the authors' released setting"""
     total_timesteps: int = 80_000
     """steps taken in training environments: warm-up, training and cost rollouts, all counted"""
+    total_train_steps: int = 0
+    """stop after so many steps of warm-up and training, whatever the cost rollouts took; 0 for no such limit (paper: 151,000)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes a GPU if there is one"""
     num_threads: int = 1
@@ -111,9 +113,9 @@ class Args:
     actor_lr: float = 3e-4
     """Adam step size of the actor"""
     critic_lr: float = 3e-4
-    """Adam step size of the critics """
+    """Adam step size of the critics"""
     alpha_lr: float = 3e-4
-    """Adam step size of log alpha """
+    """Adam step size of log alpha"""
     alpha: float = 0.2
     """initial temperature; stays there without --autotune"""
     autotune: bool = True
@@ -249,13 +251,13 @@ class Args:
 
 # Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
 _PAPER = dict(
-    num_demos=64, critic_lr=3e-4, alpha_lr=3e-4, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0,
-    expert_share=0.0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
+    total_timesteps=755_000, total_train_steps=151_000, num_demos=64, p_tremble=0.01, reset_every=1_000, eval_every=50_000,
+    eval_episodes=10, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
+    actor_average=0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
     rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout", cost_every=1_000,
-    cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False, cost_gp_target=0.4, cost_members=7, actor_average=0,
-    p_tremble=0.01, reset_every=1_000, eval_every=10_000, eval_episodes=10, total_timesteps=751_000,
+    cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False, cost_gp_target=0.4, cost_members=7,
 )  # fmt: skip
-_PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
+_PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, alpha=1.0, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
 _PAPER_WALKER = dict(
     hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=20, update_every=2,
     lr_sawtooth=10_000, model_mean_clamp=40.0, model_cosine=30_000, cost_clamp=40.0, cost_weight_decay=5e-5,
@@ -263,11 +265,11 @@ _PAPER_WALKER = dict(
 _PAPER_ANT = dict(
     hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=30,
     model_hidden_sizes=(400,) * 4, model_mean_clamp=40.0, cost_clamp=40.0, cost_weight_decay=5e-5, cost_every=200,
-    total_timesteps=3_151_000,
+    total_timesteps=3_155_000, eval_every=210_000,
 )  # fmt: skip
 _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42 of actions in [-1, 1]
-    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, target_entropy=-1.42, updates_per_step=20, update_every=2,
-    lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, alpha=1.0, target_entropy=-1.42, updates_per_step=20,
+    update_every=2, lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
     "default": {f"Hopper-v{v}": dict(total_timesteps=40_000, hidden_sizes=(128, 128)) for v in (4, 5)},
@@ -278,13 +280,14 @@ PRESETS: dict[str, dict[str, dict]] = {
     | {f"Ant-v{v}": _PAPER_ANT for v in (4, 5)}
     | {f"Humanoid-v{v}": _PAPER_HUMANOID for v in (4, 5)},
 }
-POSITIVE = ("total_timesteps", "num_threads", "hidden_sizes", "batch_size", "actor_lr", "critic_lr", "alpha_lr", "alpha")
-POSITIVE += ("target_update_every", "updates_per_step", "eval_every", "eval_episodes", "num_demos", "model_members")
-POSITIVE += ("model_elites", "model_hidden_sizes", "model_lr", "model_batch_size", "model_every", "model_patience", "initial_steps")
-POSITIVE += ("rollouts_per_step", "rollout_retain", "cost_episodes", "cost_every", "cost_batch_size", "cost_lr", "cost_members")
-POSITIVE += ("update_every",)
+POSITIVE = """
+    total_timesteps num_threads hidden_sizes batch_size actor_lr critic_lr alpha_lr alpha target_update_every updates_per_step
+    eval_every eval_episodes num_demos model_members model_elites model_hidden_sizes model_lr model_batch_size model_every
+    model_patience initial_steps rollouts_per_step rollout_retain cost_episodes cost_every cost_batch_size cost_lr cost_members
+    update_every
+""".split()
 FRACTIONS = ("gamma", "tau", "p_tremble", "expert_start_prob", "real_share", "expert_share")
-RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "num_threads", "track"}
+RESUME_MAY_CHANGE = {"resume", "total_timesteps", "total_train_steps", "checkpoint_every", "num_threads", "track"}
 OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
 SCRIPT = Path(__file__).name
 
@@ -709,7 +712,7 @@ class Adam(nn.Module):
         if self.weight_decay:
             grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.steps += 1
-        scale = self.lr * torch.sqrt(1 - 0.999**self.steps) / (1 - 0.9**self.steps)
+        scale = self.lr * torch.sqrt(-torch.expm1(self.steps * math.log(0.999))) / (1 - 0.9**self.steps)
         if self.optimistic:
             torch._foreach_add_(self.params, self._direction(mean, square, scale))
             scale = 2 * scale
@@ -718,11 +721,10 @@ class Adam(nn.Module):
         torch._foreach_sub_(self.params, self._direction(mean, square, scale))
 
     @torch.no_grad()
-    def restart(self, lr: float) -> None:
+    def restart(self) -> None:
         """Forgets all moments."""
         for tensor in (*self.mean, *self.square, self.steps):
             tensor.zero_()
-        self.lr.fill_(lr)
 
     @staticmethod
     def _direction(mean, square, scale):
@@ -814,9 +816,11 @@ class Cost(nn.Module):
 
     def set_normaliser(self, expert: torch.Tensor, learner: torch.Tensor) -> None:
         """Mean and standard deviation of inputs [n, obs + act], half of them the expert's and half the learner's."""
-        self.input_mean.copy_((expert.mean(0) + learner.mean(0)) / 2)
-        square = (expert.square().mean(0) + learner.square().mean(0)) / 2
-        self.input_std.copy_((square - self.input_mean.square()).clamp(min=1e-12).sqrt())
+        expert, learner = expert.double(), learner.double()
+        mean = (expert.mean(0) + learner.mean(0)) / 2
+        std = (((expert - mean).square().mean(0) + (learner - mean).square().mean(0)) / 2).sqrt()
+        self.input_mean.copy_(mean)
+        self.input_std.copy_(torch.where(std < 1e-6, 1.0, std))
 
     def normalise(self, inputs: torch.Tensor) -> torch.Tensor:
         """What the networks and the gradient penalty see of inputs [..., obs + act]."""
@@ -958,8 +962,9 @@ def fit_dynamics(
 
     best, snapshot, epochs_without, batches, loss = hold_out_error(), None, 0, 0, torch.tensor(0.0)
     while epochs_without < args.model_patience and not (max_batches and batches >= max_batches):
-        columns = torch.randperm(len(rest), generator=generator, device=device).split(args.model_batch_size)
-        for index in columns[: max_batches - batches if max_batches else None]:
+        minibatches = torch.randperm(len(rest), generator=generator, device=device).split(args.model_batch_size)
+        minibatches = minibatches[: max(1, len(rest) // args.model_batch_size)]  # an incomplete last one would be compiled anew
+        for index in minibatches[: max_batches - batches if max_batches else None]:
             if args.model_cosine:
                 optimizer.lr.fill_(0.5 * args.model_lr * (1 + math.cos(math.pi * float(optimizer.steps) / args.model_cosine)))
             rows = bootstrap[:, index]
@@ -968,8 +973,8 @@ def fit_dynamics(
         error = hold_out_error()
         improved = (best - error) / best.abs() > 0.01
         epochs_without = 0 if improved.any() else epochs_without + 1
-        best = torch.where(improved, error, best)
         if improved.any():
+            best = torch.minimum(best, error)
             snapshot = copy.deepcopy(dynamics.net.state_dict())
     if snapshot is not None:
         dynamics.net.load_state_dict(snapshot)
@@ -987,7 +992,8 @@ def rollout_length(schedule: tuple[int, int, int, int], epoch: int) -> int:
 def imagine(dynamics, actor, obs: torch.Tensor, length: int, terminates, args: Args, generator) -> torch.Tensor:
     """Rolls the sampled policy through the model from obs [n, obs]; returns transitions [m, width] in the buffer's layout.
 
-    The reward column holds minus the pessimism; the learned reward is added when a batch is drawn.
+    The reward column holds minus the pessimism; the learned reward is added when a batch is drawn. Where the model gives a
+    number that is not finite, the trajectory ends without that transition.
     """
     rows = []
     for _ in range(length):
@@ -1228,7 +1234,7 @@ class StopSignal:
 
 # ---------------------------------------------------------------------------------------------- training
 def train(args: Args) -> dict:
-    """HyPER (arXiv 2402.08848, algorithm 4). Returns the last row of progress.csv."""
+    """HyPER (arXiv 2402.08848). Returns the last row of progress.csv."""
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
@@ -1253,19 +1259,15 @@ def train(args: Args) -> dict:
     cost_optimizer = Adam(cost.parameters(), args.cost_lr, args.cost_weight_decay, optimistic=args.cost_restart).to(device)
     expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D_E
     expert.extend(expert_rows)
-    real = ReplayBuffer(args.total_timesteps + args.initial_steps, obs_dim, act_dim, device)  # D_pi
+    real = ReplayBuffer(args.total_timesteps, obs_dim, act_dim, device)  # D_pi
     hybrid = ReplayBuffer(args.hybrid_size or 1, obs_dim, act_dim, device)  # D_hyb, if it is a queue of its own
-    hybrid.extend(expert_rows if args.hybrid_size else expert_rows[:0])
+    if args.hybrid_size:
+        hybrid.extend(expert_rows)
     imagined = ReplayBuffer(1, obs_dim, act_dim, device)  # D_model
     parts = dict(
-        agent=agent,
-        average_actor=average_actor,
-        dynamics=dynamics,
-        dynamics_optimizer=dynamics_optimizer,
-        cost=cost,
-        cost_optimizer=cost_optimizer,
-    )
-    parts |= dict(real=real, hybrid=hybrid, imagined=imagined, env=env, cost_env=cost_env)
+        agent=agent, average_actor=average_actor, dynamics=dynamics, dynamics_optimizer=dynamics_optimizer, cost=cost,
+        cost_optimizer=cost_optimizer, real=real, hybrid=hybrid, imagined=imagined, env=env, cost_env=cost_env,
+    )  # fmt: skip
     parts |= {f"{name}_stream": stream for name, stream in streams.items()}
     if terminates is None:
         learned = parts["learned_termination"] = LearnedTermination(obs_dim, args).to(device)
@@ -1282,7 +1284,7 @@ def train(args: Args) -> dict:
     log = parts["log"] = Log(run_dir, args, counters["env_steps"])
     if args.resume:
         restore(checkpoint, parts)
-        real.resize(args.total_timesteps + args.initial_steps)  # the run may have become longer
+        real.resize(args.total_timesteps)  # the run may have become longer
     else:
         env.reset()
     stop, obs = StopSignal(), env.obs
@@ -1303,38 +1305,29 @@ def train(args: Args) -> dict:
 
     def fit_and_imagine() -> None:
         first = not len(imagined)
-        rows, weights = real.newest(len(real)), None
-        if args.hybrid_size and args.model_data == "hybrid":
-            rows = hybrid.newest(len(hybrid))
-        elif args.model_data == "hybrid":
-            weights = torch.cat([torch.full((len(part),), 1 / len(part), device=device) for part in (rows, expert.rows)])
-            rows = torch.cat([rows, expert.rows])
-        weights = torch.ones(len(rows), device=device) if weights is None else weights
+        sources = [real] if args.model_data == "learner" else [hybrid] if args.hybrid_size else [real, expert]
+        rows = torch.cat([buffer.newest(len(buffer)) for buffer in sources])
+        weights = torch.cat([torch.full((len(buffer),), 1 / len(buffer), device=device) for buffer in sources])
         data, most = real.split(rows), args.model_first_batches if first else args.model_max_batches
         log.add(fit_dynamics(dynamics, dynamics_optimizer, update_dynamics, data, weights, most, args, streams["model"]))
         if "learned_termination" in parts:
             learned.fit(data, 500 if first else 100, streams["model"])
 
-        epoch = (counters["train_steps"] - args.initial_steps) // 1_000 + 1
+        epoch = max(counters["train_steps"] - args.initial_steps - 1, 0) // 1_000 + 1
         length = rollout_length(args.rollout_schedule, epoch)
         n = args.rollouts_per_step * args.model_every
-        from_expert = (
-            torch.rand(n if args.start_coin == "each" else 1, generator=streams["rollout"], device=device) < args.expert_start_prob
-        )
+        tosses = n if args.start_coin == "each" else 1
+        from_expert = torch.rand(tosses, generator=streams["rollout"], device=device) < args.expert_start_prob
         starts = [buffer.split(buffer.sample((n,), streams["rollout"])).obs for buffer in (expert, real)]
         start = torch.where(from_expert[:, None], *starts)
         capacity = length * args.rollouts_per_step * 1_000 * args.rollout_retain
         if capacity != len(imagined.rows):
             imagined.resize(capacity)
         imagined.extend(imagine(dynamics, agent.actor, start, length, terminates, args, streams["rollout"]))
-        recent = real.split(real.newest(1_000))
-        log.add({"model/rollout_length": length, "model/error_1_step": model_error(dynamics, recent, 1)})
-        log.add(
-            {
-                "model/error_5_steps": model_error(dynamics, recent, 5),
-                "model/disagreement": dynamics.disagreement(start, agent.actor(start, torch.zeros(n, act_dim, device=device))[0]).mean(),
-            }
-        )
+        recent, mean_action = real.split(real.newest(1_000)), agent.actor(start, torch.zeros(n, act_dim, device=device))[0]
+        errors = {"model/error_1_step": model_error(dynamics, recent, 1), "model/error_5_steps": model_error(dynamics, recent, 5)}
+        log.add({name: error for name, error in errors.items() if math.isfinite(error)})
+        log.add({"model/rollout_length": length, "model/disagreement": dynamics.disagreement(start, mean_action).mean()})
 
     def update_policy(lr_share: float) -> None:
         shares = {real: round(args.real_share * args.batch_size), expert: round(args.expert_share * args.batch_size)}
@@ -1375,29 +1368,38 @@ def train(args: Args) -> dict:
             learner = rows[torch.randint(len(rows), (args.cost_batch_size,), generator=streams["cost"], device=device)]
         else:
             learner = real.sample((args.cost_batch_size,), streams["cost"], args.cost_window)[:, : obs_dim + act_dim]
-        cost_optimizer.lr.fill_(args.cost_lr * lr_share)
-        if args.cost_restart:
-            cost_optimizer.restart(args.cost_lr / max(1, counters["cost_rounds"]))
+        lr = args.cost_lr * lr_share
+        if args.cost_restart:  # step sizes lr, lr, lr / 2, lr / 3, ...
+            cost_optimizer.restart()
+            lr /= max(1, counters["cost_rounds"])
+        cost_optimizer.lr.fill_(lr)
         on_expert = expert.sample((args.cost_batch_size,), streams["cost"])[:, : obs_dim + act_dim]
         mix = torch.rand(args.cost_batch_size, 1, generator=streams["cost"], device=device)
         log.add(update_cost(cost, cost_optimizer, on_expert, learner, mix, args))
         counters["cost_rounds"] += 1
         counters["updates_since_round"] = 0
+        if args.lr_sawtooth:
+            agent.actor_optimizer.restart()
+            agent.critic_optimizer.restart()
 
     def crossed(every: int) -> bool:
         """Whether this iteration's steps (a cost round takes many) passed a multiple of `every`."""
         return bool(every) and counters["env_steps"] // every > before // every
 
+    def finished() -> bool:
+        enough = args.total_train_steps and counters["train_steps"] >= args.total_train_steps
+        return bool(enough) or counters["env_steps"] >= args.total_timesteps
+
     if not log.rows:
         evaluate_and_save_policy()
-    while counters["env_steps"] < args.total_timesteps and not stop.received:
+    while not finished() and not stop.received:
         before = counters["env_steps"]
         training = counters["train_steps"] >= args.initial_steps
         action = agent.actor.act(obs, None if training else streams["policy"])
         next_obs, _, terminated, truncated, _ = env.step(action)
         real.add(obs, action, 0.0, next_obs, terminated)
         if args.hybrid_size:
-            hybrid.extend(torch.cat([real.newest(1), expert.sample((1,), streams["replay"])]))
+            hybrid.extend(torch.cat([real.newest(1), expert.sample((int(training),), streams["replay"])]))
         obs = next_obs
         counters["env_steps"] += 1
         counters["train_steps"] += 1
@@ -1413,22 +1415,21 @@ def train(args: Args) -> dict:
             lr_share = 1 / (1 + steps / args.lr_decay) if args.lr_decay else 1.0
             if steps == 0 and args.cost_normalise:
                 cost.set_normaliser(*(buffer.newest(len(buffer))[:, : obs_dim + act_dim] for buffer in (expert, real)))
-            if steps % args.cost_every == 0:
-                update_cost_round(lr_share)
             if steps % args.update_every == 0:
                 update_policy(lr_share)
+            if steps and steps % args.cost_every == 0:
+                update_cost_round(lr_share)
             if args.actor_average:
                 weight = 1 / min(args.actor_average, 1 + steps / 4)
                 torch._foreach_lerp_(list(average_actor.parameters()), [p.detach() for p in agent.actor.parameters()], weight)
 
         env_steps = counters["env_steps"]
         log.bar.update(env_steps - before)
-        finished = env_steps >= args.total_timesteps
-        if crossed(args.eval_every) or finished:
+        if crossed(args.eval_every) or finished():
             evaluate_and_save_policy()
         if env_steps % 100 == 0:
             check_finite(log.sums, env_steps)
-        if crossed(args.checkpoint_every) or stop.received or finished:
+        if crossed(args.checkpoint_every) or stop.received or finished():
             save_checkpoint(run_dir, parts, counters, policy_content(average_actor, env, args, env_steps))
 
     log.bar.close()

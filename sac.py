@@ -149,8 +149,10 @@ PRESETS: dict[str, dict[str, dict]] = {
     "default": {},
     "paper": {"*": dict(critic_lr=3e-4, alpha_lr=3e-4)},
 }
-POSITIVE = ("total_timesteps", "num_threads", "hidden_sizes", "batch_size", "actor_lr", "critic_lr", "alpha_lr", "alpha")
-POSITIVE += ("target_update_every", "buffer_size", "updates_per_step", "eval_every", "eval_episodes", "record_episodes")
+POSITIVE = """
+    total_timesteps num_threads hidden_sizes batch_size actor_lr critic_lr alpha_lr alpha target_update_every buffer_size
+    updates_per_step eval_every eval_episodes record_episodes
+""".split()
 FRACTIONS = ("gamma", "tau", "record_level")
 RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "num_threads", "track"}
 OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
@@ -450,7 +452,7 @@ class Adam(nn.Module):
         if self.weight_decay:
             grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.steps += 1
-        scale = self.lr * torch.sqrt(1 - 0.999**self.steps) / (1 - 0.9**self.steps)
+        scale = self.lr * torch.sqrt(-torch.expm1(self.steps * math.log(0.999))) / (1 - 0.9**self.steps)
         if self.optimistic:
             torch._foreach_add_(self.params, self._direction(mean, square, scale))
             scale = 2 * scale
@@ -459,11 +461,10 @@ class Adam(nn.Module):
         torch._foreach_sub_(self.params, self._direction(mean, square, scale))
 
     @torch.no_grad()
-    def restart(self, lr: float) -> None:
+    def restart(self) -> None:
         """Forgets all moments."""
         for tensor in (*self.mean, *self.square, self.steps):
             tensor.zero_()
-        self.lr.fill_(lr)
 
     @staticmethod
     def _direction(mean, square, scale):

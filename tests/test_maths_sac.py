@@ -41,7 +41,8 @@ def test_optimistic_adam_by_hand():
     np.testing.assert_allclose(seen, [0.8000001265, 0.8211463840, 0.7809617305], atol=1e-8)
     for k, g in enumerate((0.3, -1e-6, 2e-7)):
         before = p.item()
-        optimizer.restart(0.01 / max(1, k))
+        optimizer.restart()
+        optimizer.lr.fill_(0.01 / max(1, k))
         optimizer.step([torch.tensor([g], dtype=torch.float64)])
         assert p.item() - before == pytest.approx(-2 * 0.01 / max(1, k) * g / (abs(g) + 3.1623e-7), rel=1e-3)
 
