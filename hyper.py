@@ -272,7 +272,7 @@ _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42
     update_every=2, lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
 _ANT = dict(
-    hidden_sizes=(128, 128), actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(5, 25, 1, 3),
+    hidden_sizes=(128, 128), actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(0, 1, 1, 1),
 )  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
     "default": {f"Hopper-v{v}": dict(total_timesteps=40_000, hidden_sizes=(128, 128)) for v in (4, 5)}
