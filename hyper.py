@@ -1138,8 +1138,8 @@ def make_run_dir(args: Args) -> Path:
         fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     about = dict(
-        script=SCRIPT, args=asdict(args), commit=git.stdout.strip() or None, python=platform.python_version(),
-        versions={name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}, machine=platform.machine(),
+        script=SCRIPT, args=asdict(replace(args, run_dir=run_dir.name)), commit=git.stdout.strip() or None, machine=platform.machine(),
+        python=platform.python_version(), versions={name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")},
     )  # fmt: skip
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
