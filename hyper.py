@@ -167,6 +167,8 @@ class Args:
     """probability that imagined rollouts start at expert states instead of the learner's"""
     start_coin: Literal["each", "call"] = "each"
     """toss it for each start, or once for all starts of a call (paper)"""
+    rollout_noise: bool = False
+    """draw imagined observations from a member's Gaussian, instead of taking its mean (paper: yes)"""
     rollouts_per_step: int = 40
     """imagined trajectories for each training step (paper: 400)"""
     rollout_schedule: tuple[int, int, int, int] = (0, 15, 1, 5)
@@ -254,7 +256,7 @@ _PAPER = dict(
     total_timesteps=755_000, total_train_steps=151_000, num_demos=64, p_tremble=0.01, reset_every=1_000, eval_every=50_000,
     eval_episodes=10, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
     actor_average=0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
-    rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout", cost_every=1_000,
+    rollout_noise=True,     rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout", cost_every=1_000,
     cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False, cost_gp_target=0.4, cost_members=7,
 )  # fmt: skip
 _PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, alpha=1.0, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
@@ -787,15 +789,18 @@ class EnsembleDynamics(nn.Module):
         params = {name: parameter[self.elites] for name, parameter in self.named_parameters()}
         return torch.func.functional_call(self, params, (inputs,))
 
-    def sample(self, obs: torch.Tensor, action: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """next_obs [batch, obs], each from one elite: a random permutation deals them out in equal parts (TS1)."""
+    def sample(self, obs: torch.Tensor, action: torch.Tensor, generator: torch.Generator, noise: bool = True) -> torch.Tensor:
+        """next_obs [batch, obs], each from one elite: a random permutation deals them out in equal parts (TS1).
+
+        A draw from that elite's Gaussian, or without noise its mean.
+        """
         inputs, n, members = torch.cat([obs, action], -1), len(obs), len(self.elites)
         order = torch.randperm(n, generator=generator, device=obs.device)
         dealt = torch.cat([order, order[: -n % members]]) if n >= members else order.repeat(members)[:members]
         mean, log_var = self.forward_elites(inputs[dealt].view(members, -1, inputs.shape[-1]))
-        noise = torch.randn(mean.shape, generator=generator, device=obs.device)
-        change = (mean + (0.5 * log_var).exp() * noise).flatten(0, 1)
-        return obs + torch.empty_like(obs).index_copy_(0, order, change[:n])
+        if noise:
+            mean = mean + (0.5 * log_var).exp() * torch.randn(mean.shape, generator=generator, device=obs.device)
+        return obs + torch.empty_like(obs).index_copy_(0, order, mean.flatten(0, 1)[:n])
 
     @torch.no_grad()
     def disagreement(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
@@ -1003,7 +1008,7 @@ def imagine(dynamics, actor, obs: torch.Tensor, length: int, terminates, args: A
     for _ in range(length):
         noise = torch.randn(len(obs), actor.net.output.bias.shape[-1] // 2, generator=generator, device=obs.device)
         action, _ = actor(obs, noise)
-        next_obs = dynamics.sample(obs, action, generator)
+        next_obs = dynamics.sample(obs, action, generator, args.rollout_noise)
         done = terminates(obs, action, next_obs)
         reward = -args.pessimism_coef * dynamics.disagreement(obs, action) if args.pessimism_coef else torch.zeros_like(obs[:, 0])
         row = torch.cat([obs, action, next_obs, reward[:, None], done[:, None].float()], -1)
