@@ -256,8 +256,9 @@ _PAPER = dict(
     total_timesteps=755_000, total_train_steps=151_000, num_demos=64, p_tremble=0.01, reset_every=1_000, eval_every=50_000,
     eval_episodes=10, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
     actor_average=0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
-    rollout_noise=True,     rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment", cost_data="rollout", cost_every=1_000,
-    cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False, cost_gp_target=0.4, cost_members=7,
+    rollout_noise=True, rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment",
+    cost_data="rollout", cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False,
+    cost_gp_target=0.4, cost_members=7,
 )  # fmt: skip
 _PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, alpha=1.0, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
 _PAPER_WALKER = dict(

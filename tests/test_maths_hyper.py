@@ -281,6 +281,15 @@ def test_ts1_deals_equal_parts_to_the_elites_and_restores_the_order():
         assert counts.sum() == n and counts.max() <= -(-n // 5)
 
 
+def test_a_sampled_step_has_the_members_mean_and_variance():
+    model = hyper.EnsembleDynamics(1, 1, TINY)
+    model.forward_elites = lambda inputs: (inputs[..., :1] + 0.5, torch.full_like(inputs[..., :1], 2 * math.log(0.3)))
+    obs, action = torch.ones(20_000, 1), torch.zeros(20_000, 1)
+    drawn = model.sample(obs, action, generator())
+    assert (drawn.mean().item(), drawn.std().item()) == (pytest.approx(2.5, abs=0.01), pytest.approx(0.3, abs=0.01))
+    assert torch.equal(model.sample(obs, action, generator(), noise=False), torch.full_like(obs, 2.5))
+
+
 def test_elites_alone_give_the_same_as_the_whole_ensemble():
     torch.manual_seed(0)
     model = hyper.EnsembleDynamics(2, 1, TINY)
