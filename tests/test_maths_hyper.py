@@ -325,7 +325,7 @@ def test_rollout_lengths_of_the_published_schedules():
 class Drift:
     """A model that moves every observation by the action."""
 
-    def sample(self, obs, action, generator):
+    def sample(self, obs, action, generator, noise):
         return obs + action
 
     def disagreement(self, obs, action):
@@ -348,7 +348,7 @@ def test_no_terminated_imagined_trajectory_goes_on():
 
 def test_what_the_model_makes_infinite_is_dropped():
     class Explodes(Drift):
-        def sample(self, obs, action, generator):
+        def sample(self, obs, action, generator, noise):
             return torch.where(obs > 0, torch.inf, obs + action)
 
     never = lambda obs, action, next_obs: hyper.never_terminates(next_obs)  # noqa: E731
