@@ -265,7 +265,16 @@ _PAPER_WALKER = dict(
     hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=20, update_every=2,
     lr_sawtooth=10_000, model_mean_clamp=40.0, model_cosine=30_000, cost_clamp=40.0, cost_weight_decay=5e-5,
 )  # fmt: skip
-_PAPER_ANT = dict(actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(0, 1, 1, 1))
+_PAPER_ANT = dict(
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, autotune=False, updates_per_step=30,
+    model_hidden_sizes=(400,) * 4, model_mean_clamp=40.0, cost_clamp=40.0, cost_weight_decay=5e-5, cost_every=200,
+    total_timesteps=3_155_000, eval_every=210_000,
+)  # fmt: skip
+_PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42 of actions in [-1, 1]
+    hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, alpha=1.0, target_entropy=-1.42, updates_per_step=20,
+    update_every=2, lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
+)  # fmt: skip
+_ANT = dict(actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(0, 1, 1, 1))
 PRESETS: dict[str, dict[str, dict]] = {
     "default": {f"Hopper-v{v}": dict(total_timesteps=40_000) for v in (4, 5)} | {f"Ant-v{v}": _ANT for v in (4, 5)},
     "paper": {"*": _PAPER}
