@@ -167,8 +167,8 @@ class Args:
     """probability that imagined rollouts start at expert states instead of the learner's"""
     start_coin: Literal["each", "call"] = "each"
     """toss it for each start, or once for all starts of a call (paper)"""
-    rollout_noise: bool = False
-    """draw imagined observations from a member's Gaussian, instead of taking its mean (paper: yes)"""
+    rollout_noise: bool = True
+    """draw imagined observations from a member's Gaussian; otherwise take its mean"""
     rollouts_per_step: int = 40
     """imagined trajectories for each training step (paper: 400)"""
     rollout_schedule: tuple[int, int, int, int] = (0, 15, 1, 5)
@@ -256,7 +256,7 @@ _PAPER = dict(
     total_timesteps=755_000, total_train_steps=151_000, num_demos=64, p_tremble=0.01, reset_every=1_000, eval_every=50_000,
     eval_episodes=10, target_update_every=4, optimistic=True, independent_actor_batch=True, real_share=0.0, expert_share=0.0,
     actor_average=0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
-    rollout_noise=True, rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment",
+    rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment",
     cost_data="rollout", cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False,
     cost_gp_target=0.4, cost_members=7,
 )  # fmt: skip
@@ -274,7 +274,9 @@ _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42
     hidden_sizes=(1024, 1024), actor_lr=1e-4, critic_lr=1e-4, alpha_lr=1e-4, alpha=1.0, target_entropy=-1.42, updates_per_step=20,
     update_every=2, lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
-_ANT = dict(actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(0, 1, 1, 1))
+_ANT = dict(
+    actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(0, 1, 1, 1), rollout_noise=False,
+)  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
     "default": {f"Hopper-v{v}": dict(total_timesteps=40_000) for v in (4, 5)} | {f"Ant-v{v}": _ANT for v in (4, 5)},
     "paper": {"*": _PAPER}
