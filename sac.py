@@ -94,6 +94,8 @@ class Args:
     # Policy
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of the hidden layers of actor and critics"""
+    critic_layer_norm: bool = False
+    """normalise the critics' hidden layers, which calms them at many updates a step (not in the paper)"""
     batch_size: int = 256
     """transitions in a gradient step"""
     actor_lr: float = 3e-4
@@ -381,14 +383,15 @@ class StackedLinear(nn.Module):
 class StackedMLP(nn.Module):
     """n independent multilayer perceptrons: [n, batch, sizes[0]] -> [n, batch, sizes[-1]]. The output layer is float32."""
 
-    def __init__(self, n: int, sizes: list[int], activation: Callable[[torch.Tensor], torch.Tensor] = F.relu):
+    def __init__(self, n: int, sizes: list[int], activation: Callable[[torch.Tensor], torch.Tensor] = F.relu, layer_norm: bool = False):
         super().__init__()
         layers = [StackedLinear(n, fan_in, fan_out) for fan_in, fan_out in itertools.pairwise(sizes)]
-        self.hidden, self.output, self.activation = nn.ModuleList(layers[:-1]), layers[-1], activation
+        self.hidden, self.output, self.activation, self.layer_norm = nn.ModuleList(layers[:-1]), layers[-1], activation, layer_norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.hidden:
-            x = self.activation(layer(x))
+            x = layer(x)
+            x = self.activation(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.to(self.output.weight.dtype))
 
@@ -422,9 +425,9 @@ class Actor(nn.Module):
 class Critic(nn.Module):
     """Twin action values."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
+    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...], layer_norm: bool = False):
         super().__init__()
-        self.net = StackedMLP(2, [obs_dim + act_dim, *hidden_sizes, 1])
+        self.net = StackedMLP(2, [obs_dim + act_dim, *hidden_sizes, 1], layer_norm=layer_norm)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Q [2, batch] of obs [batch, obs] and action [batch, act]."""
@@ -479,7 +482,7 @@ class Agent(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
-        self.critic = Critic(obs_dim, act_dim, args.hidden_sizes)
+        self.critic = Critic(obs_dim, act_dim, args.hidden_sizes, args.critic_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
