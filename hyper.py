@@ -7,7 +7,7 @@
 #     "mujoco==3.11.0",
 #     "dm_control==1.0.44",
 #     "shimmy==2.0.1",
-#     "minari[hdf5]==0.5.4",
+#     "minari[hdf5,hf]==0.5.4",
 #     "moviepy==2.2.1",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
@@ -33,9 +33,11 @@ import copy
 import csv
 import difflib
 import importlib
+import importlib.util
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -277,7 +279,8 @@ _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42
     update_every=2, lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
 _ANT = dict(
-    actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(0, 1, 1, 1), rollout_noise=False,
+    critic_layer_norm=True, actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(0, 1, 1, 1),
+    rollout_noise=False,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
     "default": {f"Hopper-v{v}": dict(total_timesteps=40_000) for v in (4, 5)} | {f"Ant-v{v}": _ANT for v in (4, 5)},
@@ -310,25 +313,28 @@ def fail(message: str) -> NoReturn:
 def parse_args(argv: list[str]) -> Args:
     """Dataclass defaults, then the preset (resuming: the run's own settings), then the command line."""
 
-    def cli(default: Args) -> Args:
+    def cli(default: Args, words: list[str]) -> Args:
         complaint = io.StringIO()
         try:
             with contextlib.redirect_stderr(complaint):
-                return tyro.cli(Args, args=argv, default=default, description=__doc__)
+                return tyro.cli(Args, args=words, default=default, description=__doc__)
         except SystemExit as error:
             if not error.code:
                 raise
             words = re.sub(r"[╭╮╰╯│─]|-{3,}|\s", " ", complaint.getvalue().partition("helptext")[0]).split()
-            fail(" ".join(words).removesuffix(" Argument").removesuffix(" For full"))
+            fail(" ".join(words).removesuffix(" Argument").removesuffix(" For full").removeprefix("Unrecognized options "))
 
-    args = cli(Args())
+    args = cli(Args(), [word for word in argv if word not in ("-h", "--help")])  # help shows the preset's values
     if args.resume:
         try:
-            saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
+            about = json.loads((Path(args.resume) / "args.json").read_text())
+            saved = about["args"]
+            if about["script"] != SCRIPT:
+                fail(f"--resume {args.resume}: a run of {about['script']}, not of {SCRIPT}")
             saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({error})")
-        args = cli(replace(saved, resume=args.resume))
+        args = cli(replace(saved, resume=args.resume), argv)
         for name, value in asdict(args).items():
             if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
                 fail(f"--resume: --{name.replace('_', '-')} was {getattr(saved, name)} and cannot become {value}")
@@ -337,7 +343,7 @@ def parse_args(argv: list[str]) -> Args:
     if args.eval_only and args.checkpoint and not any(word.startswith("--env-id") for word in argv):
         env_id = load_policy(args.checkpoint)["env_id"]
     settings = PRESETS[args.preset]
-    return cli(replace(Args(), env_id=env_id, **{**settings.get("*", {}), **settings.get(env_id, {})}))
+    return cli(replace(Args(), env_id=env_id, **{**settings.get("*", {}), **settings.get(env_id, {})}), argv)
 
 
 def check_args(args: Args) -> None:
@@ -363,6 +369,8 @@ def check_args(args: Args) -> None:
         fail(f"--real-share {args.real_share} and --expert-share {args.expert_share} are more than the whole batch")
     if args.bc_weight and not round(args.expert_share * args.batch_size):
         fail(f"--bc-weight {args.bc_weight}: there are no expert rows in the batch with --expert-share {args.expert_share}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track: wandb is not installed; pip install wandb")
     if args.eval_only != bool(args.checkpoint):
         fail("--eval-only and --checkpoint PATH go together")
 
@@ -374,7 +382,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     Dict observations of boxes (dm_control, gymnasium-robotics) are concatenated; Ant and Humanoid observe positions and
     velocities only (27 and 45 numbers), whatever their version adds to them.
     """
-    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    warnings.filterwarnings("ignore", message=".*is out of date.*|overflow encountered in cast")
     if render_mode and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -389,7 +397,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             gym.register_envs(gymnasium_robotics)
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, n=3)
+        near = [] if env_id in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
     space = env.observation_space
     if isinstance(space, gym.spaces.Dict) and all(isinstance(part, gym.spaces.Box) for part in space.values()):
@@ -488,6 +496,9 @@ def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int) -> tuple[
 
 
 def load_npz(path: str) -> dict[str, np.ndarray]:
+    if not Path(path).exists():
+        bundled = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "demos").glob("*.npz")))
+        fail(f"--demos {path}: no such file; give --demos PATH (bundled demonstrations: {bundled or 'none here'})")
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -499,6 +510,7 @@ def load_minari(name: str, obs_dim: int) -> dict[str, np.ndarray]:
     """A Minari dataset in the same schema; columns beyond the environment's (contact forces) are cut."""
     import minari
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
     try:
         episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
     except Exception as error:  # what a failed download raises depends on the storage behind it
@@ -1091,11 +1103,11 @@ class Log:
         fixed = dict(env_steps=env_steps, updates=updates, wall_time_s=round(self.wall_time(), 1), **evaluation)
         self.rows.append({**fixed, "expert_return": expert_return, **means})
         self.write()
-        of_expert = f" of {expert_return:.0f}" if math.isfinite(expert_return) else ""
-        self.bar.set_postfix_str(f"return {evaluation['eval_return_mean']:.0f}{of_expert}")
 
     def write(self) -> None:
-        """Rewrites progress.csv; a metric that had no value yet stays empty."""
+        """Rewrites progress.csv (a metric that had no value yet stays empty) and shows the latest return in the bar."""
+        latest, expert_return = self.rows[-1]["eval_return_mean"], self.rows[-1]["expert_return"]
+        self.bar.set_postfix_str(f"return {latest:.0f}" + (f" of {expert_return:.0f}" if math.isfinite(expert_return) else ""))
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -1144,9 +1156,12 @@ def make_run_dir(args: Args) -> Path:
     run_dir = Path(args.run_dir or Path("runs") / name)
     if (run_dir / "args.json").exists():
         fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = None
     about = dict(
-        script=SCRIPT, args=asdict(replace(args, run_dir=run_dir.name)), commit=git.stdout.strip() or None, machine=platform.machine(),
+        script=SCRIPT, args=asdict(replace(args, run_dir=run_dir.name)), commit=git or None, machine=platform.machine(),
         python=platform.python_version(), versions={name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")},
     )  # fmt: skip
     try:
@@ -1225,8 +1240,9 @@ def evaluate_policy(args: Args) -> dict:
     actor = Actor(*dims, tuple(policy["hidden_sizes"]))
     actor.load_state_dict(policy["actor"])
     result = evaluate(actor, env, args.eval_episodes, [args.seed, 1, 0], getattr(args, "p_tremble", 0.0), video)
+    success = f", success rate {result['eval_success_rate']:.2f}" if math.isfinite(result["eval_success_rate"]) else ""
     print(f"{args.env_id}: return {result['eval_return_mean']:.1f} +- {result['eval_return_std']:.1f} over {args.eval_episodes} episodes, "
-          f"mean length {result['eval_length_mean']:.0f}, success rate {result['eval_success_rate']:.2f}")  # fmt: skip
+          f"mean length {result['eval_length_mean']:.0f}{success}")  # fmt: skip
     return {**policy, "actor": actor, **result}
 
 
@@ -1300,7 +1316,7 @@ def train(args: Args) -> dict:
     else:
         env.reset()
     stop, obs = StopSignal(), env.obs
-    print(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)
+    tqdm.write(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)
 
     def evaluate_and_save_policy() -> None:
         env_steps = counters["env_steps"]
@@ -1317,11 +1333,14 @@ def train(args: Args) -> dict:
 
     def fit_and_imagine() -> None:
         first = not len(imagined)
+        if first:
+            log.bar.set_description("fitting the model")
         sources = [real] if args.model_data == "learner" else [hybrid] if args.hybrid_size else [real, expert]
         rows = torch.cat([buffer.newest(len(buffer)) for buffer in sources])
         weights = torch.cat([torch.full((len(buffer),), 1 / len(buffer), device=device) for buffer in sources])
         data, most = real.split(rows), args.model_first_batches if first else args.model_max_batches
         log.add(fit_dynamics(dynamics, dynamics_optimizer, update_dynamics, data, weights, most, args, streams["model"]))
+        log.bar.set_description()
         if "learned_termination" in parts:
             learned.fit(data, 500 if first else 100, streams["model"])
 
@@ -1449,6 +1468,7 @@ def train(args: Args) -> dict:
     if stop.received:
         print(f"{SCRIPT}: stopped at env step {counters['env_steps']}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop.received)
+    print(f"{SCRIPT}: done, the policy is {run_dir / 'policy.pt'}", file=sys.stderr)
     return log.rows[-1]
 
 

@@ -7,7 +7,7 @@
 #     "mujoco==3.11.0",
 #     "dm_control==1.0.44",
 #     "shimmy==2.0.1",
-#     "minari[hdf5]==0.5.4",
+#     "minari[hdf5,hf]==0.5.4",
 #     "moviepy==2.2.1",
 #     "numpy==2.4.6",
 #     "tyro==1.0.17",
@@ -23,7 +23,7 @@ target critics against over-estimation; a tanh-Gaussian actor climbs that value 
 temperature alpha follows a target entropy.
 
     python sac.py --env-id Hopper-v4
-    python sac.py --eval-only --checkpoint demos/experts/Ant-v4.pt --record-demos my.npz --record-episodes 64
+    python sac.py --eval-only --checkpoint demos/experts/Ant-v4.pt --record-demos my.npz --record-episodes 64 --seed 3
 
 What to expect, after how many steps, in how many minutes: docs/sac.md.
 """
@@ -32,6 +32,7 @@ import contextlib
 import copy
 import csv
 import difflib
+import importlib.util
 import io
 import itertools
 import json
@@ -143,7 +144,7 @@ class Args:
     record_episodes: int = 10
     """full-length episodes to record"""
     record_level: float | None = None
-    """record not the final actor but the first one whose evaluation reached this fraction of the final return"""
+    """record not the final actor but the first one whose evaluation went this share of the way from first to last return"""
 
 
 # Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
@@ -171,25 +172,28 @@ def fail(message: str) -> NoReturn:
 def parse_args(argv: list[str]) -> Args:
     """Dataclass defaults, then the preset (resuming: the run's own settings), then the command line."""
 
-    def cli(default: Args) -> Args:
+    def cli(default: Args, words: list[str]) -> Args:
         complaint = io.StringIO()
         try:
             with contextlib.redirect_stderr(complaint):
-                return tyro.cli(Args, args=argv, default=default, description=__doc__)
+                return tyro.cli(Args, args=words, default=default, description=__doc__)
         except SystemExit as error:
             if not error.code:
                 raise
             words = re.sub(r"[╭╮╰╯│─]|-{3,}|\s", " ", complaint.getvalue().partition("helptext")[0]).split()
-            fail(" ".join(words).removesuffix(" Argument").removesuffix(" For full"))
+            fail(" ".join(words).removesuffix(" Argument").removesuffix(" For full").removeprefix("Unrecognized options "))
 
-    args = cli(Args())
+    args = cli(Args(), [word for word in argv if word not in ("-h", "--help")])  # help shows the preset's values
     if args.resume:
         try:
-            saved = json.loads((Path(args.resume) / "args.json").read_text())["args"]
+            about = json.loads((Path(args.resume) / "args.json").read_text())
+            saved = about["args"]
+            if about["script"] != SCRIPT:
+                fail(f"--resume {args.resume}: a run of {about['script']}, not of {SCRIPT}")
             saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({error})")
-        args = cli(replace(saved, resume=args.resume))
+        args = cli(replace(saved, resume=args.resume), argv)
         for name, value in asdict(args).items():
             if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
                 fail(f"--resume: --{name.replace('_', '-')} was {getattr(saved, name)} and cannot become {value}")
@@ -198,7 +202,7 @@ def parse_args(argv: list[str]) -> Args:
     if args.eval_only and args.checkpoint and not any(word.startswith("--env-id") for word in argv):
         env_id = load_policy(args.checkpoint)["env_id"]
     settings = PRESETS[args.preset]
-    return cli(replace(Args(), env_id=env_id, **{**settings.get("*", {}), **settings.get(env_id, {})}))
+    return cli(replace(Args(), env_id=env_id, **{**settings.get("*", {}), **settings.get(env_id, {})}), argv)
 
 
 def check_args(args: Args) -> None:
@@ -216,6 +220,10 @@ def check_args(args: Args) -> None:
                 fail(f"{flag} must not be negative, got {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no GPU that torch can use; take --device cpu")
+    if args.record_demos and not Path(args.record_demos).absolute().parent.is_dir():
+        fail(f"--record-demos {args.record_demos}: there is no folder {Path(args.record_demos).absolute().parent}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track: wandb is not installed; pip install wandb")
     if args.eval_only != bool(args.checkpoint):
         fail("--eval-only and --checkpoint PATH go together")
 
@@ -227,7 +235,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     Dict observations of boxes (dm_control, gymnasium-robotics) are concatenated; Ant and Humanoid observe positions and
     velocities only (27 and 45 numbers), whatever their version adds to them.
     """
-    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    warnings.filterwarnings("ignore", message=".*is out of date.*|overflow encountered in cast")
     if render_mode and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -242,7 +250,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             gym.register_envs(gymnasium_robotics)
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError) as error:
-        near = difflib.get_close_matches(env_id, gym.registry, n=3)
+        near = [] if env_id in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
     space = env.observation_space
     if isinstance(space, gym.spaces.Dict) and all(isinstance(part, gym.spaces.Box) for part in space.values()):
@@ -578,11 +586,11 @@ class Log:
         fixed = dict(env_steps=env_steps, updates=updates, wall_time_s=round(self.wall_time(), 1), **evaluation)
         self.rows.append({**fixed, "expert_return": expert_return, **means})
         self.write()
-        of_expert = f" of {expert_return:.0f}" if math.isfinite(expert_return) else ""
-        self.bar.set_postfix_str(f"return {evaluation['eval_return_mean']:.0f}{of_expert}")
 
     def write(self) -> None:
-        """Rewrites progress.csv; a metric that had no value yet stays empty."""
+        """Rewrites progress.csv (a metric that had no value yet stays empty) and shows the latest return in the bar."""
+        latest, expert_return = self.rows[-1]["eval_return_mean"], self.rows[-1]["expert_return"]
+        self.bar.set_postfix_str(f"return {latest:.0f}" + (f" of {expert_return:.0f}" if math.isfinite(expert_return) else ""))
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -631,9 +639,12 @@ def make_run_dir(args: Args) -> Path:
     run_dir = Path(args.run_dir or Path("runs") / name)
     if (run_dir / "args.json").exists():
         fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        git = None
     about = dict(
-        script=SCRIPT, args=asdict(replace(args, run_dir=run_dir.name)), commit=git.stdout.strip() or None, machine=platform.machine(),
+        script=SCRIPT, args=asdict(replace(args, run_dir=run_dir.name)), commit=git or None, machine=platform.machine(),
         python=platform.python_version(), versions={name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")},
     )  # fmt: skip
     try:
@@ -712,8 +723,9 @@ def evaluate_policy(args: Args) -> dict:
     actor = Actor(*dims, tuple(policy["hidden_sizes"]))
     actor.load_state_dict(policy["actor"])
     result = evaluate(actor, env, args.eval_episodes, [args.seed, 1, 0], getattr(args, "p_tremble", 0.0), video)
+    success = f", success rate {result['eval_success_rate']:.2f}" if math.isfinite(result["eval_success_rate"]) else ""
     print(f"{args.env_id}: return {result['eval_return_mean']:.1f} +- {result['eval_return_std']:.1f} over {args.eval_episodes} episodes, "
-          f"mean length {result['eval_length_mean']:.0f}, success rate {result['eval_success_rate']:.2f}")  # fmt: skip
+          f"mean length {result['eval_length_mean']:.0f}{success}")  # fmt: skip
     return {**policy, "actor": actor, **result}
 
 
@@ -815,7 +827,7 @@ def train(args: Args) -> dict:
     else:
         env.reset()
     stop, obs = StopSignal(), env.obs
-    print(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)
+    tqdm.write(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)
 
     def evaluate_and_save_policy() -> None:
         video = run_dir / "videos" / f"step-{env_steps}" if args.capture_video else None
@@ -870,6 +882,7 @@ def train(args: Args) -> dict:
     if stop.received:
         print(f"{SCRIPT}: stopped at env step {env_steps}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop.received)
+    print(f"{SCRIPT}: done, the policy is {run_dir / 'policy.pt'}", file=sys.stderr)
     if args.record_demos:
         policy = policy_content(agent.actor, env, args, env_steps)
         if args.record_level is not None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests import pointmass
 

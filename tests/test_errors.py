@@ -36,7 +36,7 @@ WRONG = [
     (sac, [*HOPPER, "--preset", "fast"], r"invalid choice 'fast' for argument '--preset'. Expected one of"),
     (sac, [*HOPPER, "--eval-only"], r"--eval-only and --checkpoint PATH go together"),
     (sac, [*HOPPER, "--resume", "no/such/run"], r"no/such/run: not a run folder of sac.py"),
-    (hyper, ["--env-id", "Swimmer-v4"], r"demos/Swimmer-v4.npz: not a readable .npz file.*No such file"),
+    (hyper, ["--env-id", "Swimmer-v4"], r"Swimmer-v4.npz: no such file; give --demos PATH \(bundled demonstrations: Ant-v4, Hopper-v4"),
     (hyper, [*HOPPER, "--num-demos", "11"], r"has 10 trajectories, --num-demos asks for 11"),
     (hyper, [*HOPPER, "--num-demos", "0"], r"--num-demos must be positive, got 0"),
     (hyper, [*HOPPER, "--demos", str(ROOT / "demos/Ant-v4.npz")], r"has 11-dim observations, the file has 27: recorded on Ant-v4\?"),
@@ -113,6 +113,20 @@ def finished(tmp_path):
 def test_changed_argument_on_resume(finished, capsys, tmp_path):
     line = complaint(sac, ["--resume", str(finished), "--gamma", "0.5"], capsys, tmp_path)
     assert "--gamma was 0.99 and cannot become 0.5" in line
+
+
+def test_resume_of_another_scripts_run(finished, capsys, tmp_path):
+    assert "a run of sac.py, not of hyper.py" in complaint(hyper, ["--resume", str(finished)], capsys, tmp_path)
+
+
+def test_recording_into_a_folder_that_is_not_there_is_noticed_before_training(capsys, tmp_path):
+    assert "there is no folder" in complaint(sac, [*HOPPER, "--record-demos", tmp_path / "no" / "d.npz"], capsys, tmp_path)
+
+
+def test_help_shows_the_presets_values(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        hyper.parse_args(["--env-id", "Hopper-v4", "--preset", "paper", "--help"])
+    assert not stopped.value.code and "default: 755000" in " ".join(capsys.readouterr().out.split())
 
 
 def test_unreadable_and_foreign_checkpoints(finished, capsys, tmp_path, hyper_point):
