@@ -43,6 +43,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -371,6 +372,8 @@ def check_args(args: Args) -> None:
         fail(f"--bc-weight {args.bc_weight}: there are no expert rows in the batch with --expert-share {args.expert_share}")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track: wandb is not installed; pip install wandb")
+    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
+        fail("--compile: needs a C++ compiler (g++ or clang++); none is on the PATH")
     if args.eval_only != bool(args.checkpoint):
         fail("--eval-only and --checkpoint PATH go together")
 
@@ -396,9 +399,16 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
             gym.register_envs(gymnasium_robotics)
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, TypeError) as error:
         near = [] if env_id in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
+    if render_mode:
+        try:
+            env.reset(seed=0)
+            env.render()
+        except Exception as error:  # every renderer fails in its own way
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            fail(f"--capture-video: {env_id} cannot be rendered here with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({reason})")
     space = env.observation_space
     if isinstance(space, gym.spaces.Dict) and all(isinstance(part, gym.spaces.Box) for part in space.values()):
         env = gym.wrappers.FlattenObservation(env)

@@ -37,7 +37,17 @@ class Image(PointMass):
     observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
 
-for env in (PointMass, Discrete, Unbounded, Image):
+class Blind(PointMass):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        raise OSError("no display")
+
+
+for env in (PointMass, Discrete, Unbounded, Image, Blind):
     gym.register(f"{env.__name__}-v0", entry_point=env, max_episode_steps=50)
 
 

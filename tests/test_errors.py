@@ -35,6 +35,8 @@ WRONG = [
     (sac, [*HOPPER, "--no-such-flag", "1"], r"--no-such-flag"),
     (sac, [*HOPPER, "--preset", "fast"], r"invalid choice 'fast' for argument '--preset'. Expected one of"),
     (sac, [*HOPPER, "--eval-only"], r"--eval-only and --checkpoint PATH go together"),
+    (sac, ["--env-id", P + "Blind-v0", "--capture-video"], r"--capture-video: .*Blind-v0 cannot be rendered .*OSError: no display"),
+    (sac, [*POINT, "--capture-video"], r"tests.pointmass:PointMass-v0: .*render_mode"),
     (sac, [*HOPPER, "--resume", "no/such/run"], r"no/such/run: not a run folder of sac.py"),
     (hyper, ["--env-id", "Swimmer-v4"], r"Swimmer-v4.npz: no such file; give --demos PATH \(bundled demonstrations: Ant-v4, Hopper-v4"),
     (hyper, [*HOPPER, "--num-demos", "11"], r"has 10 trajectories, --num-demos asks for 11"),
@@ -97,6 +99,11 @@ def test_wrong_demonstrations(expected, demos, capsys, tmp_path):
 def test_no_termination_rule_says_which_flag_to_give(demos, capsys, tmp_path):
     line = complaint(hyper, [*POINT, "--demos", demos, "--num-demos", "5"], capsys, tmp_path)
     assert "give --termination none|learned|module:function" in line
+
+
+def test_compile_without_a_compiler(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--compile: needs a C++ compiler" in complaint(hyper, [*HOPPER, "--compile"], capsys, tmp_path)
 
 
 def test_pickled_demonstrations_are_refused(capsys, tmp_path):
