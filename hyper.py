@@ -280,7 +280,7 @@ _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42
     update_every=2, lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
 _ANT = dict(
-    critic_layer_norm=True, actor_lr=1e-4, actor_average=5_000, bc_weight=100.0, reset_every=250, rollout_schedule=(0, 1, 1, 1),
+    critic_layer_norm=True, actor_lr=1e-4, actor_average=5_000, bc_weight=1_000.0, reset_every=250, rollout_schedule=(0, 1, 1, 1),
     rollout_noise=False,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
