@@ -111,7 +111,7 @@ class Args:
     # Policy
     hidden_sizes: tuple[int, ...] = (128, 128)
     """widths of the hidden layers of actor and critics (paper: 1,024; Hopper 512)"""
-    critic_layer_norm: bool = False
+    critic_layer_norm: bool = True
     """normalise the critics' hidden layers, which calms them at many updates a step (not in the paper)"""
     batch_size: int = 256
     """transitions in a gradient step"""
@@ -263,7 +263,7 @@ _PAPER = dict(
     actor_average=0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
     rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment",
     cost_data="rollout", cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False,
-    cost_gp_target=0.4, cost_members=7,
+    cost_gp_target=0.4, cost_members=7, critic_layer_norm=False,
 )  # fmt: skip
 _PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, alpha=1.0, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
 _PAPER_WALKER = dict(
@@ -280,8 +280,7 @@ _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42
     update_every=2, lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
 _ANT = dict(
-    critic_layer_norm=True, actor_lr=1e-4, actor_average=5_000, bc_weight=1_000.0, reset_every=250, rollout_schedule=(0, 1, 1, 1),
-    rollout_noise=False,
+    actor_lr=1e-4, actor_average=5_000, bc_weight=1_000.0, reset_every=250, rollout_schedule=(0, 1, 1, 1), rollout_noise=False,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
     "default": {f"Hopper-v{v}": dict(total_timesteps=40_000) for v in (4, 5)} | {f"Ant-v{v}": _ANT for v in (4, 5)},
