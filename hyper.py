@@ -40,7 +40,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -241,7 +240,7 @@ class Args:
     """updates in which the step sizes of actor and critics fall to 0, restarted at each round of the cost; 0 for constant
     (paper: Walker2d, Humanoid 10,000)"""
     reset_every: int = 0
-    """training steps after which the episode is cut; 0 for never (paper: 1,000)"""
+    """training steps at whose multiples the episode is cut; 0 for never (paper: 1,000)"""
 
     # Evaluation
     eval_every: int = 1_000
@@ -263,7 +262,7 @@ _PAPER = dict(
     actor_average=0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
     rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment",
     cost_data="rollout", cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False,
-    cost_gp_target=0.4, cost_members=7, critic_layer_norm=False,
+    cost_gp_target=0.4, cost_members=7, critic_layer_norm=False, checkpoint_every=200_000,
 )  # fmt: skip
 _PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, alpha=1.0, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
 _PAPER_WALKER = dict(
@@ -298,7 +297,7 @@ POSITIVE = """
     update_every
 """.split()
 FRACTIONS = ("gamma", "tau", "p_tremble", "expert_start_prob", "real_share", "expert_share")
-RESUME_MAY_CHANGE = {"resume", "total_timesteps", "total_train_steps", "checkpoint_every", "num_threads", "track"}
+RESUME_MAY_CHANGE = {"resume", "demos", "total_timesteps", "total_train_steps", "checkpoint_every", "num_threads", "track"}
 OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
 SCRIPT = Path(__file__).name
 
@@ -339,11 +338,12 @@ def parse_args(argv: list[str]) -> Args:
             if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
                 fail(f"--resume: --{name.replace('_', '-')} was {getattr(saved, name)} and cannot become {value}")
         return args
-    env_id = args.env_id
-    if args.eval_only and args.checkpoint and not any(word.startswith("--env-id") for word in argv):
-        env_id = load_policy(args.checkpoint)["env_id"]
-    settings = PRESETS[args.preset]
-    return cli(replace(Args(), env_id=env_id, **{**settings.get("*", {}), **settings.get(env_id, {})}), argv)
+    policy = load_policy(args.checkpoint) if args.eval_only and args.checkpoint else {}
+    env_id = args.env_id if any(word.startswith("--env-id") for word in argv) else policy.get("env_id", args.env_id)
+    settings = {**PRESETS[args.preset].get("*", {}), **PRESETS[args.preset].get(env_id, {})}
+    if hasattr(args, "p_tremble") and "p_tremble" in policy.get("args", {}):
+        settings["p_tremble"] = policy["args"]["p_tremble"]
+    return cli(replace(Args(), env_id=env_id, **settings), argv)
 
 
 def check_args(args: Args) -> None:
@@ -367,6 +367,10 @@ def check_args(args: Args) -> None:
         fail(f"--rollout-schedule: epochs must increase and lengths be at least 1, got {args.rollout_schedule}")
     if args.real_share + args.expert_share > 1:
         fail(f"--real-share {args.real_share} and --expert-share {args.expert_share} are more than the whole batch")
+    if round(args.real_share * args.batch_size) + round(args.expert_share * args.batch_size) > args.batch_size:
+        fail(f"--batch-size {args.batch_size}: the rounded shares of real and expert rows are more than the batch")
+    if args.total_timesteps <= args.initial_steps and not args.eval_only:
+        fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.initial_steps} (--initial-steps)")
     if args.bc_weight and not round(args.expert_share * args.batch_size):
         fail(f"--bc-weight {args.bc_weight}: there are no expert rows in the batch with --expert-share {args.expert_share}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -385,6 +389,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     velocities only (27 and 45 numbers), whatever their version adds to them.
     """
     warnings.filterwarnings("ignore", message=".*is out of date.*|overflow encountered in cast")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's module is
     if render_mode and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -413,7 +419,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         fail(f"--env-id {env_id}: observations must be a vector (or a dict of vectors), not {space}")
-    if not isinstance(env.action_space, gym.spaces.Box) or not np.isfinite([env.action_space.low, env.action_space.high]).all():
+    bounds = env.action_space
+    if not isinstance(bounds, gym.spaces.Box) or len(bounds.shape) != 1 or not np.isfinite([bounds.low, bounds.high]).all():
         fail(f"--env-id {env_id}: actions must be a vector with finite bounds, not {env.action_space}")
     robot = re.fullmatch(r"(\w+)-v[45]", env_id)
     if robot and robot[1] in OBS_KEPT:
@@ -422,6 +429,13 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             env, lambda obs: obs[:kept], gym.spaces.Box(-np.inf, np.inf, (kept,), env.observation_space.dtype)
         )
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def rescaling(env: gym.Env) -> gym.wrappers.RescaleAction:
+    """make_env's last wrapper: `.action(a)` are the environment's own units, `.env.action_space` its own bounds."""
+    while not isinstance(env, gym.wrappers.RescaleAction):
+        env = env.env
+    return env
 
 
 class ResumableEnv(gym.Wrapper):
@@ -468,22 +482,32 @@ class ResumableEnv(gym.Wrapper):
 
 def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int) -> tuple[torch.Tensor, float]:
     """Expert transitions [n, width] in the replay buffer's layout (actions in [-1, 1], rewards 0), and their mean return."""
-    data = load_minari(source[7:], env.observation_space.shape[0]) if source.startswith("minari:") else load_npz(source)
+    data = load_minari(source[7:]) if source.startswith("minari:") else load_npz(source)
     where, obs_dim, act_dim = f"--demos {source}:", env.observation_space.shape[0], env.action_space.shape[0]
+    try:
+        recorded = json.loads(str(data.get("metadata", "{}"))).get("env_id")
+    except (ValueError, AttributeError):
+        fail(f"{where} metadata is not a JSON object")
+    for name in ("observations", "next_observations"):
+        if name in data and data[name].shape[1:] == env.unwrapped.observation_space.shape:
+            data[name] = data[name][:, :obs_dim]  # cut as make_env cuts
     for name in ("observations", "actions", "rewards", "next_observations", "terminations", "truncations"):
         if name not in data:
             fail(f"{where} no array {name!r}; it has {', '.join(sorted(data))}")
         n, dims = len(data["observations"]), dict(observations=obs_dim, next_observations=obs_dim, actions=act_dim).get(name)
         shape, wanted = data[name].shape, (n, dims) if dims else (n,)
         if shape != wanted and len(shape) == 2 and dims and shape[0] == n:
-            recorded = json.loads(str(data.get("metadata", "{}"))).get("env_id")
             hint = f"recorded on {recorded}?" if recorded else "recorded on another version?"
             fail(f"{where} {env_id} has {dims}-dim {name}, the file has {shape[1]}: {hint}")
         if shape != wanted:
             fail(f"{where} {name} must have shape {wanted}, has {shape}")
         if not np.isfinite(data[name]).all():
             fail(f"{where} {name} has a value that is not finite in row {int(np.argwhere(~np.isfinite(data[name]))[0, 0])}")
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    if recorded and recorded != env_id:
+        if re.split(r"-v\d", recorded)[0].split(":")[-1] != re.split(r"-v\d", env_id)[0].split(":")[-1]:
+            fail(f"{where} recorded on {recorded}, not on {env_id}")
+        tqdm.write(f"{SCRIPT}: note: {where} recorded on {recorded}, another version of {env_id}", file=sys.stderr)
+    low, high = rescaling(env).env.action_space.low, rescaling(env).env.action_space.high
     if (data["actions"] < low - 1e-4).any() or (data["actions"] > high + 1e-4).any():
         found = f"[{data['actions'].min():.3g}, {data['actions'].max():.3g}]"
         fail(f"{where} actions must lie in the environment's bounds [{low.min():.3g}, {high.max():.3g}], they span {found}")
@@ -515,8 +539,8 @@ def load_npz(path: str) -> dict[str, np.ndarray]:
         fail(f"--demos {path}: not a readable .npz file ({str(error).splitlines()[0]})")
 
 
-def load_minari(name: str, obs_dim: int) -> dict[str, np.ndarray]:
-    """A Minari dataset in the same schema; columns beyond the environment's (contact forces) are cut."""
+def load_minari(name: str) -> dict[str, np.ndarray]:
+    """A Minari dataset in the same schema."""
     import minari
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
@@ -526,8 +550,7 @@ def load_minari(name: str, obs_dim: int) -> dict[str, np.ndarray]:
         fail(f"--demos minari:{name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
     def flat(obs) -> np.ndarray:
-        obs = np.concatenate([flat(obs[key]) for key in sorted(obs)], -1) if isinstance(obs, dict) else np.asarray(obs)
-        return obs[:, :obs_dim] if obs_dim in OBS_KEPT.values() else obs
+        return np.concatenate([flat(obs[key]) for key in sorted(obs)], -1) if isinstance(obs, dict) else np.asarray(obs)
 
     parts = [
         dict(observations=flat(e.observations)[:-1], actions=e.actions, rewards=e.rewards, next_observations=flat(e.observations)[1:],
@@ -566,7 +589,9 @@ def never_terminates(next_obs: torch.Tensor) -> torch.Tensor:
 TERMINATIONS = {
     r"Hopper-v[45]": hopper_terminates, r"Walker2d-v[45]": walker2d_terminates, r"Ant-v[45]": ant_terminates,
     r"Humanoid-v[45]": humanoid_terminates, r"InvertedPendulum-v[45]": inverted_pendulum_terminates,
-    r"(HalfCheetah|Swimmer|Reacher|Pusher|HumanoidStandup)-v[45]|Pendulum-v1|dm_control/.*": never_terminates,
+    r"(HalfCheetah|Swimmer|Reacher|Pusher|HumanoidStandup)-v[45]|Pendulum-v1": never_terminates,
+    r"dm_control/(acrobot|ball_in_cup|cartpole|cheetah|dog|finger|fish|hopper|humanoid|humanoid_CMU|manipulator|pendulum|point_mass"
+    r"|quadruped|reacher|stacker|swimmer|walker)-.*": never_terminates,
 }  # fmt: skip
 
 
@@ -576,14 +601,12 @@ def termination_rule(args: Args) -> Callable | None:
         return None
     if args.termination and args.termination != "none":
         module, _, name = args.termination.partition(":")
-        sys.path.insert(0, os.getcwd())
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             fail(f"--termination {args.termination}: {error}")
-    rule = never_terminates if args.termination else None
-    for pattern, known in TERMINATIONS.items():
-        rule = rule or (known if re.fullmatch(pattern, args.env_id) else None)
+    known = (rule for pattern, rule in TERMINATIONS.items() if re.fullmatch(pattern, args.env_id))
+    rule = never_terminates if args.termination else next(known, None)
     if rule is None:
         fail(f"--env-id {args.env_id}: no rule says when its imagined episodes end; give --termination none|learned|module:function")
     return lambda obs, action, next_obs: rule(next_obs)
@@ -635,7 +658,7 @@ class ReplayBuffer:
 
     def resize(self, capacity: int) -> None:
         """Changes the capacity, keeping the newest rows."""
-        kept = self.newest(capacity).clone()
+        kept = self.newest(capacity)
         self.rows, self.added = torch.zeros(capacity, kept.shape[1], device=kept.device), 0
         self.extend(kept)
 
@@ -645,7 +668,7 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
     def state_dict(self) -> dict:
-        return dict(rows=self.newest(len(self)).clone(), capacity=len(self.rows))
+        return dict(rows=self.newest(len(self)), capacity=len(self.rows))
 
     def load_state_dict(self, state: dict) -> None:
         self.rows, self.added = torch.zeros(state["capacity"], self.rows.shape[1], device=self.rows.device), 0
@@ -830,7 +853,7 @@ class EnsembleDynamics(nn.Module):
     def disagreement(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Standard deviation of the elites' means in units of the data's change, averaged over dimensions: [batch]."""
         mean, _ = self.forward_elites(torch.cat([obs, action], -1).expand(len(self.elites), -1, -1))
-        return (mean.std(0) / self.target_std).mean(-1)
+        return (mean.std(0, correction=min(1, len(mean) - 1)) / self.target_std).mean(-1)
 
 
 class Cost(nn.Module):
@@ -1047,10 +1070,10 @@ def imagine(dynamics, actor, obs: torch.Tensor, length: int, terminates, args: A
 def model_error(dynamics: EnsembleDynamics, batch: Batch, length: int) -> float:
     """Root mean square error of the elites' mean prediction `length` steps ahead along consecutive real transitions
     [n, ...], with the real actions, in units of each observation's standard deviation; NaN if there is no such stretch."""
-    same_episode = (batch.next_obs[:-1] == batch.obs[1:]).all(-1).float()
+    same_episode = (batch.next_obs[:-1] == batch.obs[1:]).all(-1)
     stretch = torch.ones(max(len(batch.obs) - length + 1, 0), dtype=torch.bool, device=batch.obs.device)
     for k in range(length - 1):
-        stretch &= same_episode[k : k + len(stretch)] > 0
+        stretch &= same_episode[k : k + len(stretch)]
     start = stretch.nonzero()[:, 0]
     obs = batch.obs[start]
     for k in range(length):
@@ -1090,7 +1113,7 @@ class Log:
         if args.track:
             import wandb
 
-            wandb.init(project="hybrid-irl", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+            wandb.init(project="hybrid-irl", name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(run_dir), purge_step=env_steps or None)
         self.bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", smoothing=0.02, dynamic_ncols=True)
 
@@ -1110,6 +1133,9 @@ class Log:
         for name, value in evaluation.items():
             self.writer.add_scalar(name.replace("_", "/", 1), value, env_steps)
         fixed = dict(env_steps=env_steps, updates=updates, wall_time_s=round(self.wall_time(), 1), **evaluation)
+        if self.rows and fixed["wall_time_s"] > self.rows[-1]["wall_time_s"]:
+            steps, seconds = (fixed[name] - self.rows[-1][name] for name in ("env_steps", "wall_time_s"))
+            self.writer.add_scalar("charts/steps_per_second", steps / seconds, env_steps)
         self.rows.append({**fixed, "expert_return": expert_return, **means})
         self.write()
 
@@ -1156,17 +1182,23 @@ def write_atomically(path: Path, write: Callable) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); the previous one is kept")
+        fail(f"cannot write {path} ({type(error).__name__}: {str(error).partition(chr(10))[0]}); the previous one is kept")
 
 
 def make_run_dir(args: Args) -> Path:
-    """The run's folder, with args.json: settings, versions, commit and machine."""
+    """The run's folder, with args.json: settings, versions, commit and machine. A resumed one takes on the changed settings."""
+    if args.resume:
+        path = Path(args.resume) / "args.json"
+        about = {**json.loads(path.read_text()), "args": asdict(replace(args, resume=None))}
+        write_atomically(path, lambda file: file.write(json.dumps(about, indent=2).encode()))
+        return path.parent
     name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or Path("runs") / name)
     if (run_dir / "args.json").exists():
         fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         git = None
     about = dict(
@@ -1205,22 +1237,27 @@ def restore(content: dict, parts: dict) -> None:
     try:
         for name, part in parts.items():
             state = content["parts"][name]
-            part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+            if isinstance(part, torch.Generator):
+                if part.get_state().shape != state.shape:
+                    fail("--resume: the run's random numbers are of another kind of device (GPU or CPU) than --device is here")
+                part.set_state(state)
+            else:
+                part.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        fail(f"--resume: the checkpoint does not fit this script ({str(error).splitlines()[0]})")
+        fail(f"--resume: the checkpoint does not fit this script ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
 
 
 def read_torch_file(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
+    except Exception as error:  # what a broken file raises depends on where it is broken
+        fail(f"{path}: not a readable checkpoint ({error.strerror if isinstance(error, OSError) else type(error).__name__})")
     return content if isinstance(content, dict) else {}
 
 
 def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> dict:
     """What policy.pt holds: a whole policy, loadable with weights_only=True."""
-    space = env.unwrapped.action_space
+    space = rescaling(env).env.action_space
     return dict(
         script=SCRIPT, env_id=args.env_id, env_steps=env_steps, obs_dim=env.observation_space.shape[0], act_dim=space.shape[0],
         action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(args.hidden_sizes),
@@ -1280,9 +1317,9 @@ def train(args: Args) -> dict:
     for name, seed in zip(names, np.random.SeedSequence(args.seed).generate_state(len(names)), strict=True):
         streams[name] = torch.Generator(device).manual_seed(int(seed))
 
+    eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)  # first, because it chooses the renderer
     env = ResumableEnv(make_env(args.env_id), [args.seed, 0], args.p_tremble)
     cost_env = ResumableEnv(make_env(args.env_id), [args.seed, 2], args.p_tremble)
-    eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or str(Path(__file__).parent / "demos" / f"{re.sub('[/:]', '-', args.env_id)}.npz")
     expert_rows, expert_return = load_demos(demos, args.env_id, env, args.num_demos)
@@ -1316,7 +1353,7 @@ def train(args: Args) -> dict:
 
     fresh = dict(env_steps=0, train_steps=0, cost_rollout_steps=0, updates=0, cost_rounds=0, updates_since_round=0)
     checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=fresh)
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
+    run_dir = make_run_dir(args)
     counters = checkpoint["counters"]
     log = parts["log"] = Log(run_dir, args, counters["env_steps"])
     if args.resume:
@@ -1329,6 +1366,7 @@ def train(args: Args) -> dict:
 
     def evaluate_and_save_policy() -> None:
         env_steps = counters["env_steps"]
+        check_finite({**log.sums, **dict(average_actor.named_parameters())}, env_steps)
         if len(real):
             on_expert, on_policy = expert.split(expert.rows), real.split(real.newest(1_000))
             on_expert, on_policy = (cost.reward(b.obs, b.action).mean() for b in (on_expert, on_policy))
@@ -1436,6 +1474,7 @@ def train(args: Args) -> dict:
         before = counters["env_steps"]
         training = counters["train_steps"] >= args.initial_steps
         action = agent.actor.act(obs, None if training else streams["policy"])
+        check_finite({"action": action}, before)
         next_obs, _, terminated, truncated, _ = env.step(action)
         real.add(obs, action, 0.0, next_obs, terminated)
         if args.hybrid_size:
@@ -1469,13 +1508,16 @@ def train(args: Args) -> dict:
             evaluate_and_save_policy()
         if env_steps % 100 == 0:
             check_finite(log.sums, env_steps)
-        if crossed(args.checkpoint_every) or stop.received or finished():
+        if crossed(args.checkpoint_every) or finished():
             save_checkpoint(run_dir, parts, counters, policy_content(average_actor, env, args, env_steps))
 
+    env_steps = counters["env_steps"]
+    if stop.received:
+        save_checkpoint(run_dir, parts, counters, policy_content(average_actor, env, args, env_steps))
     log.bar.close()
     log.writer.close()
     if stop.received:
-        print(f"{SCRIPT}: stopped at env step {counters['env_steps']}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
+        print(f"{SCRIPT}: stopped at env step {env_steps}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     print(f"{SCRIPT}: done, the policy is {run_dir / 'policy.pt'}", file=sys.stderr)
     return log.rows[-1]

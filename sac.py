@@ -38,7 +38,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -199,11 +198,12 @@ def parse_args(argv: list[str]) -> Args:
             if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
                 fail(f"--resume: --{name.replace('_', '-')} was {getattr(saved, name)} and cannot become {value}")
         return args
-    env_id = args.env_id
-    if args.eval_only and args.checkpoint and not any(word.startswith("--env-id") for word in argv):
-        env_id = load_policy(args.checkpoint)["env_id"]
-    settings = PRESETS[args.preset]
-    return cli(replace(Args(), env_id=env_id, **{**settings.get("*", {}), **settings.get(env_id, {})}), argv)
+    policy = load_policy(args.checkpoint) if args.eval_only and args.checkpoint else {}
+    env_id = args.env_id if any(word.startswith("--env-id") for word in argv) else policy.get("env_id", args.env_id)
+    settings = {**PRESETS[args.preset].get("*", {}), **PRESETS[args.preset].get(env_id, {})}
+    if hasattr(args, "p_tremble") and "p_tremble" in policy.get("args", {}):
+        settings["p_tremble"] = policy["args"]["p_tremble"]
+    return cli(replace(Args(), env_id=env_id, **settings), argv)
 
 
 def check_args(args: Args) -> None:
@@ -223,6 +223,10 @@ def check_args(args: Args) -> None:
         fail("--device cuda: no GPU that torch can use; take --device cpu")
     if args.record_demos and not Path(args.record_demos).absolute().parent.is_dir():
         fail(f"--record-demos {args.record_demos}: there is no folder {Path(args.record_demos).absolute().parent}")
+    if args.record_level is not None and not args.record_demos:
+        fail("--record-level goes with --record-demos PATH")
+    if args.total_timesteps <= args.learning_starts and not args.eval_only:
+        fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.learning_starts} (--learning-starts)")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track: wandb is not installed; pip install wandb")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
@@ -239,6 +243,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     velocities only (27 and 45 numbers), whatever their version adds to them.
     """
     warnings.filterwarnings("ignore", message=".*is out of date.*|overflow encountered in cast")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's module is
     if render_mode and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
@@ -267,7 +273,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         fail(f"--env-id {env_id}: observations must be a vector (or a dict of vectors), not {space}")
-    if not isinstance(env.action_space, gym.spaces.Box) or not np.isfinite([env.action_space.low, env.action_space.high]).all():
+    bounds = env.action_space
+    if not isinstance(bounds, gym.spaces.Box) or len(bounds.shape) != 1 or not np.isfinite([bounds.low, bounds.high]).all():
         fail(f"--env-id {env_id}: actions must be a vector with finite bounds, not {env.action_space}")
     robot = re.fullmatch(r"(\w+)-v[45]", env_id)
     if robot and robot[1] in OBS_KEPT:
@@ -276,6 +283,13 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             env, lambda obs: obs[:kept], gym.spaces.Box(-np.inf, np.inf, (kept,), env.observation_space.dtype)
         )
     return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def rescaling(env: gym.Env) -> gym.wrappers.RescaleAction:
+    """make_env's last wrapper: `.action(a)` are the environment's own units, `.env.action_space` its own bounds."""
+    while not isinstance(env, gym.wrappers.RescaleAction):
+        env = env.env
+    return env
 
 
 class ResumableEnv(gym.Wrapper):
@@ -366,7 +380,7 @@ class ReplayBuffer:
 
     def resize(self, capacity: int) -> None:
         """Changes the capacity, keeping the newest rows."""
-        kept = self.newest(capacity).clone()
+        kept = self.newest(capacity)
         self.rows, self.added = torch.zeros(capacity, kept.shape[1], device=kept.device), 0
         self.extend(kept)
 
@@ -376,7 +390,7 @@ class ReplayBuffer:
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
     def state_dict(self) -> dict:
-        return dict(rows=self.newest(len(self)).clone(), capacity=len(self.rows))
+        return dict(rows=self.newest(len(self)), capacity=len(self.rows))
 
     def load_state_dict(self, state: dict) -> None:
         self.rows, self.added = torch.zeros(state["capacity"], self.rows.shape[1], device=self.rows.device), 0
@@ -574,7 +588,7 @@ class Log:
         if args.track:
             import wandb
 
-            wandb.init(project="hybrid-irl", name=run_dir.name, config=asdict(args), sync_tensorboard=True)
+            wandb.init(project="hybrid-irl", name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(run_dir), purge_step=env_steps or None)
         self.bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", smoothing=0.02, dynamic_ncols=True)
 
@@ -594,6 +608,9 @@ class Log:
         for name, value in evaluation.items():
             self.writer.add_scalar(name.replace("_", "/", 1), value, env_steps)
         fixed = dict(env_steps=env_steps, updates=updates, wall_time_s=round(self.wall_time(), 1), **evaluation)
+        if self.rows and fixed["wall_time_s"] > self.rows[-1]["wall_time_s"]:
+            steps, seconds = (fixed[name] - self.rows[-1][name] for name in ("env_steps", "wall_time_s"))
+            self.writer.add_scalar("charts/steps_per_second", steps / seconds, env_steps)
         self.rows.append({**fixed, "expert_return": expert_return, **means})
         self.write()
 
@@ -640,17 +657,23 @@ def write_atomically(path: Path, write: Callable) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); the previous one is kept")
+        fail(f"cannot write {path} ({type(error).__name__}: {str(error).partition(chr(10))[0]}); the previous one is kept")
 
 
 def make_run_dir(args: Args) -> Path:
-    """The run's folder, with args.json: settings, versions, commit and machine."""
+    """The run's folder, with args.json: settings, versions, commit and machine. A resumed one takes on the changed settings."""
+    if args.resume:
+        path = Path(args.resume) / "args.json"
+        about = {**json.loads(path.read_text()), "args": asdict(replace(args, resume=None))}
+        write_atomically(path, lambda file: file.write(json.dumps(about, indent=2).encode()))
+        return path.parent
     name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or Path("runs") / name)
     if (run_dir / "args.json").exists():
         fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        git = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         git = None
     about = dict(
@@ -689,22 +712,27 @@ def restore(content: dict, parts: dict) -> None:
     try:
         for name, part in parts.items():
             state = content["parts"][name]
-            part.set_state(state) if isinstance(part, torch.Generator) else part.load_state_dict(state)
+            if isinstance(part, torch.Generator):
+                if part.get_state().shape != state.shape:
+                    fail("--resume: the run's random numbers are of another kind of device (GPU or CPU) than --device is here")
+                part.set_state(state)
+            else:
+                part.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        fail(f"--resume: the checkpoint does not fit this script ({str(error).splitlines()[0]})")
+        fail(f"--resume: the checkpoint does not fit this script ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
 
 
 def read_torch_file(path: Path) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        fail(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})")
+    except Exception as error:  # what a broken file raises depends on where it is broken
+        fail(f"{path}: not a readable checkpoint ({error.strerror if isinstance(error, OSError) else type(error).__name__})")
     return content if isinstance(content, dict) else {}
 
 
 def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> dict:
     """What policy.pt holds: a whole policy, loadable with weights_only=True."""
-    space = env.unwrapped.action_space
+    space = rescaling(env).env.action_space
     return dict(
         script=SCRIPT, env_id=args.env_id, env_steps=env_steps, obs_dim=env.observation_space.shape[0], act_dim=space.shape[0],
         action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(args.hidden_sizes),
@@ -757,9 +785,7 @@ class StopSignal:
 def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
     """Writes full-length episodes of the deterministic actor as time-flattened float32 arrays (demos/README.md)."""
     env = make_env(args.env_id)
-    rescaled, limit = env, env.spec.max_episode_steps
-    while not isinstance(rescaled, gym.wrappers.RescaleAction):
-        rescaled = rescaled.env
+    rescaled, limit = rescaling(env), env.spec.max_episode_steps
     env = ResumableEnv(env, [args.seed, 2])
     episodes, kept_returns, all_returns, data = 0, [], [], getattr(env.unwrapped, "data", None)
     has_state = hasattr(data, "qpos") and hasattr(data, "qvel")
@@ -803,7 +829,7 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
 def first_at_level(run_dir: Path, rows: list[dict], level: float) -> dict:
     """The policy of the first evaluation that reached `level` of the way from the first return to the last."""
     first, last = rows[0]["eval_return_mean"], rows[-1]["eval_return_mean"]
-    row = next(row for row in rows if row["eval_return_mean"] >= first + level * (last - first))
+    row = next((row for row in rows if row["eval_return_mean"] >= first + level * (last - first)), rows[-1])
     return load_policy(str(run_dir / "snapshots" / f"{row['env_steps']}.pt"))
 
 
@@ -817,20 +843,21 @@ def train(args: Args) -> dict:
     for name, seed in zip(("replay", "policy"), np.random.SeedSequence(args.seed).generate_state(2), strict=True):
         streams[name] = torch.Generator(device).manual_seed(int(seed))
 
+    eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)  # first, because it chooses the renderer
     env = ResumableEnv(make_env(args.env_id), [args.seed, 0])
-    eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(obs_dim, act_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
     update = sac_update
     if args.compile:
         torch._dynamo.config.trace_autograd_ops = True
-        update = torch.compile(sac_update)
+        update = torch.compile(sac_update, dynamic=False)
 
-    checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=dict(env_steps=0, updates=0))
-    run_dir = Path(args.resume) if args.resume else make_run_dir(args)
-    env_steps, updates = checkpoint["counters"].values()
-    log = Log(run_dir, args, env_steps)
+    fresh = dict(env_steps=0, updates=0)
+    checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=fresh)
+    run_dir = make_run_dir(args)
+    counters = checkpoint["counters"]
+    log = Log(run_dir, args, counters["env_steps"])
     parts = dict(agent=agent, buffer=buffer, env=env, log=log) | {f"{name}_stream": stream for name, stream in streams.items()}
     if args.resume:
         restore(checkpoint, parts)
@@ -840,53 +867,68 @@ def train(args: Args) -> dict:
     tqdm.write(f"{SCRIPT}: {args.env_id}, run folder {run_dir}", file=sys.stderr)
 
     def evaluate_and_save_policy() -> None:
+        env_steps = counters["env_steps"]
+        check_finite({**log.sums, **dict(agent.actor.named_parameters())}, env_steps)
         video = run_dir / "videos" / f"step-{env_steps}" if args.capture_video else None
         evaluation = evaluate(agent.actor, eval_env, args.eval_episodes, [args.seed, 1, env_steps], video=video)
-        log.row(env_steps, updates, evaluation, float("nan"))
+        log.row(env_steps, counters["updates"], evaluation, float("nan"))
         policy = policy_content(agent.actor, env, args, env_steps)
         write_atomically(run_dir / "policy.pt", lambda file: torch.save(policy, file))
         if args.record_level is not None:
             (run_dir / "snapshots").mkdir(exist_ok=True)
             write_atomically(run_dir / "snapshots" / f"{env_steps}.pt", lambda file: torch.save(policy, file))
 
+    def crossed(every: int) -> bool:
+        """Whether this iteration's step reached a multiple of `every`."""
+        return bool(every) and counters["env_steps"] // every > before // every
+
+    def finished() -> bool:
+        return counters["env_steps"] >= args.total_timesteps
+
     if not log.rows:
         evaluate_and_save_policy()
-    while env_steps < args.total_timesteps and not stop.received:
-        if env_steps < args.learning_starts:
+    while not finished() and not stop.received:
+        before = counters["env_steps"]
+        training = before >= args.learning_starts
+        if not training:
             action = torch.rand(act_dim, generator=streams["policy"], device=device).mul(2).sub(1).cpu().numpy()
         else:
             action = agent.actor.act(obs, streams["policy"])
+        check_finite({"action": action}, before)
         next_obs, reward, terminated, truncated, _ = env.step(action)
         # A time limit is no end: only `terminated` stops bootstrapping.
         buffer.add(obs, action, reward, next_obs, terminated)
         obs = next_obs
-        env_steps += 1
-        log.bar.update()
+        counters["env_steps"] += 1
         if terminated or truncated:
-            log.writer.add_scalar("charts/episodic_return", env.episode_return, env_steps)
-            log.writer.add_scalar("charts/episodic_length", len(env.executed), env_steps)
+            log.writer.add_scalar("charts/episodic_return", env.episode_return, counters["env_steps"])
+            log.writer.add_scalar("charts/episodic_length", len(env.executed), counters["env_steps"])
             obs = env.reset()
 
-        if env_steps > args.learning_starts:
+        if training:
             shape = (args.updates_per_step, args.batch_size)
             batches = buffer.split(buffer.sample(shape, streams["replay"]))
             noise = torch.randn(shape[0], 2, shape[1], act_dim, generator=streams["policy"], device=device)
             for u in range(args.updates_per_step):
                 batch = Batch(*(field[u] for field in batches))
                 metrics = update(agent, batch, batch.obs, noise[u], args)
-                updates += 1
-                if updates % args.target_update_every == 0:
+                counters["updates"] += 1
+                if counters["updates"] % args.target_update_every == 0:
                     target_update(agent, args.tau)
             log.add(metrics)
-            if env_steps % 100 == 0:
-                check_finite(metrics, env_steps)
 
-        if env_steps % args.eval_every == 0 or env_steps == args.total_timesteps:
+        env_steps = counters["env_steps"]
+        log.bar.update(env_steps - before)
+        if crossed(args.eval_every) or finished():
             evaluate_and_save_policy()
-        due = args.checkpoint_every and env_steps % args.checkpoint_every == 0
-        if due or stop.received or env_steps == args.total_timesteps:
-            save_checkpoint(run_dir, parts, dict(env_steps=env_steps, updates=updates), policy_content(agent.actor, env, args, env_steps))
+        if env_steps % 100 == 0:
+            check_finite(log.sums, env_steps)
+        if crossed(args.checkpoint_every) or finished():
+            save_checkpoint(run_dir, parts, counters, policy_content(agent.actor, env, args, env_steps))
 
+    env_steps = counters["env_steps"]
+    if stop.received:
+        save_checkpoint(run_dir, parts, counters, policy_content(agent.actor, env, args, env_steps))
     log.bar.close()
     log.writer.close()
     if stop.received:

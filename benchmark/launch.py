@@ -3,10 +3,11 @@
     python benchmark/launch.py hyper.py --seeds 1 2 3 --parallel 2 -- --env-id Hopper-v4 --compile --bf16
 
 What stands after `--` goes to the script. A run that was interrupted goes on from its checkpoint when the same command is given
-again. `--variant` names the folder of the results when settings differ from the preset's (default: the preset).
+again. `--variant` names the folder of the results where settings differ from the preset's (otherwise `--algo` or the preset).
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -14,14 +15,30 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+NO_CHANGE = {"algo", "seed", "run_dir", "compile", "bf16", "checkpoint_every", "num_threads", "device", "track", "exp_name", "demos",
+             "total_timesteps"}  # fmt: skip
 
 
-def launch(script: str, seed: int, words: list[str], variant: str | None, runs: Path, results: Path) -> str:
-    """One seed from start to filed result; returns a line about it."""
-    run_dir = runs / re.sub(r"[^\w.-]+", "_", " ".join([Path(script).stem, *words, variant or "", str(seed)]))
+def variant_of(script: str, words: list[str]) -> str:
+    """The name under which results of this command line are filed; an error if it changes the preset."""
+    module = importlib.import_module(Path(script).stem)
+    args = asdict(module.parse_args(words))
+    algo = ["--algo", args["algo"]] if "algo" in args else []
+    preset = asdict(module.parse_args(["--env-id", args["env_id"], "--preset", args["preset"], *algo]))
+    changed = [f"--{name.replace('_', '-')}" for name in args if args[name] != preset[name] and name not in NO_CHANGE]
+    if changed:
+        raise SystemExit(f"launch.py: error: {', '.join(changed)} differ from the preset: name the results' folder with --variant")
+    return args.get("algo") or args["preset"]
+
+
+def launch(script: str, seed: int, words: list[str], variant: str, runs: Path, results: Path) -> tuple[int, str]:
+    """One seed from start to filed result; returns the exit code and a line about it."""
+    run_dir = runs / re.sub(r"[^\w.-]+", "_", " ".join([Path(script).stem, *words, variant, str(seed)]))
     new = not (run_dir / "checkpoint.pt").exists()
     if new:
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -32,13 +49,13 @@ def launch(script: str, seed: int, words: list[str], variant: str | None, runs: 
             [sys.executable, str(ROOT / script), *argv], stdout=log, stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ}
         ).returncode
     if code:
-        return f"seed {seed}: exit code {code}, see {run_dir}.log"
+        return code, f"seed {seed}: exit code {code}, see {run_dir}.log"
     args = json.loads((run_dir / "args.json").read_text())["args"]
-    folder = results / Path(script).stem / (variant or args["preset"]) / re.sub("[/:]", "-", args["env_id"])
+    folder = results / Path(script).stem / variant / re.sub("[/:]", "-", args["env_id"])
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run_dir / "progress.csv", folder / f"seed{seed}.csv")
     shutil.copy(run_dir / "args.json", folder / f"seed{seed}.json")
-    return f"seed {seed}: {folder / f'seed{seed}.csv'}"
+    return 0, f"seed {seed}: {folder / f'seed{seed}.csv'}"
 
 
 def main() -> None:
@@ -52,10 +69,12 @@ def main() -> None:
     options, words = parser.parse_args(sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else None), []
     if "--" in sys.argv:
         words = sys.argv[sys.argv.index("--") + 1 :]
+    variant, failed = options.variant or variant_of(options.script, words), 0
     with ThreadPoolExecutor(options.parallel) as pool:
-        lines = pool.map(lambda seed: launch(options.script, seed, words, options.variant, options.runs, options.results), options.seeds)
-        for line in lines:
+        for code, line in pool.map(lambda seed: launch(options.script, seed, words, variant, options.runs, options.results), options.seeds):
             print(line, flush=True)
+            failed = failed or code
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

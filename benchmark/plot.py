@@ -100,7 +100,7 @@ def picture(script: str) -> None:
             ax.plot([float(row["counted_k_steps"]) for row in rows], share, "k--", lw=1, label="published, steps as counted there")
             ax.plot([float(row["real_k_steps"]) for row in rows], share, "k:", lw=1, label="published, upper bound of all steps")
             ax.axhline(float(rows[0]["bc"]) / float(rows[0]["expert"]), color="grey", lw=0.8, ls="-.", label="published behaviour cloning")
-            ax.set_xlim(0, max(end, 1.5 * float(rows[4]["counted_k_steps"])))
+            ax.set_xlim(0, max(end, 1.5 * float(rows[min(4, len(rows) - 1)]["counted_k_steps"])))
         ax.axhline(1, color="grey", lw=0.8)
         ax.set(title=env_id, xlabel="thousand env steps", ylabel="return / expert's", ylim=(-0.1, 1.15))
         ax.legend(fontsize=6, loc="lower right")
@@ -109,7 +109,7 @@ def picture(script: str) -> None:
 
 
 def main() -> None:
-    for script in sorted(path.name for path in (ROOT / "benchmark" / "results").iterdir() if path.is_dir()):
+    for script in sorted(path.name for path in (ROOT / "benchmark" / "results").iterdir() if runs(path.name)):
         for path in (path for paths in runs(script).values() for path in paths):
             about = json.loads(path.with_suffix(".json").read_text())["args"]
             assert re.sub("[/:]", "-", about["env_id"]) == path.parent.name, f"{path}: its settings are of {about['env_id']}"

@@ -47,7 +47,12 @@ class Blind(PointMass):
         raise OSError("no display")
 
 
-for env in (PointMass, Discrete, Unbounded, Image, Blind):
+def Rescaled():
+    """Actions in [-1, 1] by a wrapper of its own."""
+    return gym.wrappers.RescaleAction(PointMass(), np.float32(-1), np.float32(1))
+
+
+for env in (PointMass, Discrete, Unbounded, Image, Blind, Rescaled):
     gym.register(f"{env.__name__}-v0", entry_point=env, max_episode_steps=50)
 
 

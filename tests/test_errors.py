@@ -45,6 +45,10 @@ WRONG = [
     (hyper, [*HOPPER, "--demos", "minari:no/such-v0"], r"minari:no/such-v0: cannot be loaded"),
     (hyper, [*HOPPER, "--model-elites", "9"], r"--model-elites 9: the ensemble has only 7 members"),
     (hyper, [*HOPPER, "--real-share", "0.8", "--expert-share", "0.8"], r"more than the whole batch"),
+    (hyper, [*HOPPER, "--real-share", "0.5", "--expert-share", "0.5", "--batch-size", "255"], r"rounded shares .* more than the batch"),
+    (hyper, [*HOPPER, "--total-timesteps", "900"], r"nothing is learned in the first 1000 \(--initial-steps\)"),
+    (sac, [*HOPPER, "--total-timesteps", "900"], r"nothing is learned in the first 5000 \(--learning-starts\)"),
+    (sac, [*HOPPER, "--record-level", "0.5"], r"--record-level goes with --record-demos"),
     (hyper, [*HOPPER, "--bc-weight", "1", "--expert-share", "0"], r"no expert rows in the batch"),
     (hyper, [*HOPPER, "--expert-start-prob", "2"], r"--expert-start-prob must be between 0 and 1, got 2.0"),
     (hyper, [*HOPPER, "--termination", "no_such_module:f"], r"--termination no_such_module:f: No module named"),
@@ -81,6 +85,8 @@ SPOILED = {
     "the last row must end an episode": lambda d: d["truncations"].__setitem__(-1, 0),
     r"rewards must have shape \(250,\), has \(249,\)": lambda d: d.update(rewards=d["rewards"][1:]),
     r"next_observations must have shape": lambda d: d.update(next_observations=d["next_observations"][:, 0]),
+    r"recorded on Walker2d-v4, not on tests.pointmass:PointMass-v0": lambda d: d.update(metadata='{"env_id": "Walker2d-v4"}'),
+    "metadata is not a JSON object": lambda d: d.update(metadata="{"),
     r"has 2-dim actions, the file has 3: recorded on another version\?": lambda d: d.update(actions=np.pad(d["actions"], ((0, 0), (0, 1)))),
 }  # fmt: skip
 
@@ -149,6 +155,43 @@ def test_unreadable_and_foreign_checkpoints(finished, capsys, tmp_path, hyper_po
         sac, ["--eval-only", "--checkpoint", str(finished / "args.json"), *HOPPER, "--resume", str(finished)][:3], capsys, tmp_path
     )
     assert "not a readable checkpoint" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02junk" * 9, None])
+def test_a_broken_policy_file(content, capsys, tmp_path):
+    path = tmp_path / "policy.pt"
+    if content is not None:
+        path.write_bytes(content)
+    line = complaint(sac, ["--eval-only", "--checkpoint", str(path)], capsys, tmp_path)
+    assert f"{path}: not a readable checkpoint (" in line and "weights_only" not in line
+
+
+def test_an_action_that_is_not_finite_never_reaches_the_simulator(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(sac.Actor, "act", lambda self, obs, generator=None: np.full(2, np.nan, np.float32))
+    monkeypatch.setattr(sac, "evaluate", lambda *a, **k: dict(eval_return_mean=0.0))
+    with pytest.raises(SystemExit):
+        run(sac, [*POINT, *TINY_SAC, "--total-timesteps", "80", "--run-dir", tmp_path / "run"])
+    assert "action is not finite at env step 60" in capsys.readouterr().err
+
+
+def test_demonstrations_of_another_version_are_announced(capsys, tmp_path):
+    env = hyper.make_env("Hopper-v5")
+    hyper.load_demos(str(ROOT / "demos" / "Hopper-v4.npz"), "Hopper-v5", env, 1)
+    assert "note: --demos" in capsys.readouterr().err
+    hyper.load_demos(str(ROOT / "demos" / "Hopper-v4.npz"), "Hopper-v4", env, 1)
+    assert not capsys.readouterr().err
+
+
+def test_full_observations_are_cut_like_the_environments(tmp_path):
+    data = dict(np.load(ROOT / "demos" / "Ant-v4.npz"))
+    for name in ("observations", "next_observations"):
+        data[name] = np.pad(data[name], ((0, 0), (0, 105 - 27)), constant_values=7)
+    del data["metadata"]
+    np.savez(tmp_path / "full.npz", **data)
+    rows, _ = hyper.load_demos(str(tmp_path / "full.npz"), "Ant-v5", hyper.make_env("Ant-v5"), 1)
+    assert rows.shape == (1_000, 27 + 8 + 27 + 2) and not (rows == 7).any()
+    with pytest.raises(SystemExit):
+        hyper.load_demos(str(tmp_path / "full.npz"), "Ant-v4", hyper.make_env("Ant-v4"), 1)
 
 
 def test_policy_of_another_environment(finished, capsys):

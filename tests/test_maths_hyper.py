@@ -118,6 +118,32 @@ def test_behaviour_cloning_pulls_the_mean_action_to_the_expert_rows_only():
     assert errors[1_000.0][1] > 5 * errors[1_000.0][0]
 
 
+def test_compiled_steps_agree_with_eager():
+    """Of the policy with cloning, the model, and the cost, whose loss holds a gradient."""
+    torch._dynamo.config.trace_autograd_ops = True
+    torch.manual_seed(0)
+    args = hyper.Args(hidden_sizes=(16, 16), model_hidden_sizes=(16, 16), bc_weight=10.0)
+    agent, dynamics, cost = hyper.Agent(3, 2, args), hyper.EnsembleDynamics(3, 2, args), hyper.Cost(3, 2, args)
+    pairs = [(part, copy.deepcopy(part)) for part in (agent, dynamics, cost)]
+    update_agent, update_dynamics, update_cost = (
+        torch.compile(f, dynamic=False) for f in (hyper.sac_update, hyper.dynamics_update, hyper.cost_update)
+    )
+    optimizers = [[hyper.Adam(part.parameters(), 1e-3, 5e-5) for part in pair] for pair in pairs[1:]]
+    for _ in range(10):
+        obs, action, noise = torch.randn(32, 3), torch.rand(32, 2) - 0.5, torch.randn(2, 32, 2)
+        batch = hyper.Batch(obs, action, torch.randn(32), torch.randn(32, 3), torch.zeros(32))
+        for part, update in zip(pairs[0], (hyper.sac_update, update_agent), strict=True):
+            update(part, batch, obs, noise, args, slice(8, 16))
+        inputs, targets, mix = torch.randn(7, 32, 5), torch.randn(7, 32, 3), torch.rand(32, 1)
+        for part, optimizer, update in zip(pairs[1], optimizers[0], (hyper.dynamics_update, update_dynamics), strict=True):
+            update(part, optimizer, inputs, targets, args)
+        for part, optimizer, update in zip(pairs[2], optimizers[1], (hyper.cost_update, update_cost), strict=True):
+            update(part, optimizer, inputs[0], inputs[1], mix, args)
+    for eager, compiled in pairs:
+        torch.testing.assert_close(dict(eager.named_parameters()), dict(compiled.named_parameters()), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(pairs[0][0].actor.net.output.weight, hyper.Agent(3, 2, args).actor.net.output.weight)
+
+
 def test_sac_update_without_cloning_is_the_one_of_sac():
     torch.manual_seed(0)
     obs, action = torch.randn(32, 3), torch.rand(32, 2) - 0.5

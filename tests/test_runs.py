@@ -1,5 +1,6 @@
 """Whole runs with tiny networks: what they write, that they repeat, resume and count, and that they learn."""
 
+import copy
 import json
 import os
 import signal
@@ -63,22 +64,10 @@ def test_hyper_runs_on_bundled_demonstrations(env_id, tmp_path):
 VARIANTS = [
     ["--preset", "paper", "--initial-steps", "40", "--total-timesteps", "300", "--cost-every", "30", "--model-first-batches", "3"],
     ["--model-data", "learner", "--expert-start-prob", "0"],
+    ["--model-members", "1", "--model-elites", "1", "--pessimism-coef", "0.5"],
     ["--expert-start-prob", "1", "--cost-reduce", "max", "--cost-members", "3", "--pessimism-coef", "0.5"],
     ["--p-tremble", "0.2", "--termination", "learned", "--cost-reduce", "mean", "--bf16"],
-    [
-        "--hybrid-size",
-        "100",
-        "--start-coin",
-        "call",
-        "--cost-window",
-        "50",
-        "--lr-sawtooth",
-        "10",
-        "--reset-every",
-        "7",
-        "--model-cosine",
-        "9",
-    ],
+    "--hybrid-size 100 --start-coin call --cost-window 50 --lr-sawtooth 10 --reset-every 7 --model-cosine 9".split(),
 ]
 
 
@@ -86,6 +75,85 @@ VARIANTS = [
 def test_every_experiment_flag_runs(variant, tmp_path, hyper_point):
     run(hyper, [*hyper_point, "--total-timesteps", "150", "--eval-every", "50", "--run-dir", tmp_path, *variant])
     assert np.isfinite(float(rows(tmp_path)[-1]["losses/critic"]))
+
+
+def test_what_a_batch_holds_and_which_step_sizes_it_is_learned_with(tmp_path, hyper_point, monkeypatch, demos):
+    """Learner rows, expert rows, imagined rows, in these shares and in this order; the cloned ones are the expert's."""
+    seen, original = [], hyper.sac_update
+
+    def watch(agent, batch, actor_obs, noise, args, experts):
+        seen.append((batch, actor_obs, experts, agent.actor_optimizer.lr.item(), agent.critic_optimizer.lr.item()))
+        return original(agent, batch, actor_obs, noise, args, experts)
+
+    monkeypatch.setattr(hyper, "sac_update", watch)
+    argv = [
+        *hyper_point,
+        "--real-share",
+        "0.125",
+        "--expert-share",
+        "0.5",
+        "--bc-weight",
+        "1",
+        "--total-timesteps",
+        "100",
+        "--lr-decay",
+        "20",
+    ]
+    run(hyper, [*argv, "--lr-sawtooth", "10", "--cost-every", "4", "--run-dir", tmp_path])
+    rows_of = lambda rows: {tuple(row) for row in rows[:, :10].numpy().round(5).tolist()}  # noqa: E731
+    expert = rows_of(hyper.load_demos(demos, POINT[1], hyper.make_env(POINT[1]), 4)[0])
+    real = rows_of(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["real"]["rows"])
+    assert len(seen) == 2 * 41 and not expert & real  # the first update comes with the last step of the warm-up
+    for number, (batch, actor_obs, experts, actor_lr, critic_lr) in enumerate(seen):
+        rows = torch.cat([batch.obs, batch.action, batch.next_obs], 1)
+        assert experts == slice(2, 10) and torch.equal(actor_obs, batch.obs)
+        assert rows_of(rows[:2]) <= real and rows_of(rows[experts]) <= expert and not rows_of(rows[10:]) & (real | expert)
+        # A round of the cost comes after the updates of steps 4, 8, ...: the sawtooth starts anew.
+        step, since_round = number // 2, number if number < 10 else (number - 2) % 8
+        share = (1 - since_round / 10) / (1 + step / 20)
+        assert (actor_lr, critic_lr) == pytest.approx((3e-4 * share, 3e-4 * share), rel=1e-4)
+
+
+def test_independent_actor_batch_is_another_one(tmp_path, hyper_point, monkeypatch):
+    seen, original = [], hyper.sac_update
+    monkeypatch.setattr(hyper, "sac_update", lambda *inputs: [seen.append(inputs[1:3]), original(*inputs)][1])
+    run(hyper, [*hyper_point, "--independent-actor-batch", "--total-timesteps", "70", "--run-dir", tmp_path])
+    assert seen and not any(torch.equal(batch.obs, actor_obs) for batch, actor_obs in seen)
+
+
+def test_the_saved_actor_is_the_average(tmp_path, hyper_point, monkeypatch):
+    """With the weights w_t = 1 / min(actor_average, 1 + t / 4) after training step t."""
+    snapshots, update = [], hyper.sac_update
+    monkeypatch.setattr(hyper, "sac_update", lambda *a: [update(*a), snapshots.append(copy.deepcopy(a[0].actor.state_dict()))][0])
+    argv = [*hyper_point, "--actor-average", "3", "--updates-per-step", "1", "--total-timesteps", "90", "--run-dir", tmp_path]
+    run(hyper, argv)
+    average = None
+    for t, weights in enumerate(snapshots):
+        share = 1 / min(3, 1 + t / 4)
+        average = {k: w if average is None else average[k] + share * (w - average[k]) for k, w in weights.items()}
+    saved = torch.load(tmp_path / "policy.pt", weights_only=True)["actor"]
+    torch.testing.assert_close(saved, average, rtol=1e-4, atol=1e-6)
+    assert not all(torch.equal(saved[k], snapshots[-1][k]) for k in saved)
+
+
+def test_episodes_are_cut_at_multiples_of_reset_every(tmp_path, hyper_point, monkeypatch):
+    lengths, original = [], hyper.ResumableEnv.reset
+    monkeypatch.setattr(hyper.ResumableEnv, "reset", lambda self: [lengths.append(len(self.executed)), original(self)][1])
+    argv = [
+        *hyper_point,
+        "--initial-steps",
+        "30",
+        "--eval-every",
+        "1000",
+        "--reset-every",
+        "7",
+        "--total-timesteps",
+        "130",
+        "--run-dir",
+        tmp_path,
+    ]
+    run(hyper, argv)
+    assert lengths.count(7) >= 10 and max(lengths[3:-1]) <= 30
 
 
 @pytest.mark.parametrize("script", [sac, hyper])
@@ -119,6 +187,20 @@ def test_resumed_run_equals_an_uninterrupted_one(script, tmp_path, hyper_point):
     whole, resumed = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     steps = {row["env_steps"] for row in whole}
     assert whole == [row for row in resumed if row["env_steps"] in steps] if script is hyper else whole == resumed
+    assert json.loads((tmp_path / "parts" / "args.json").read_text())["args"]["total_timesteps"] == 480
+
+
+@pytest.mark.parametrize("script", [sac, hyper])
+def test_a_signal_in_the_first_evaluation_leaves_a_run_to_resume(script, tmp_path, hyper_point, monkeypatch):
+    argv = [*argv_of(script, hyper_point), "--total-timesteps", "100", "--eval-every", "50", "--checkpoint-every", "0"]
+    run(script, [*argv, "--run-dir", tmp_path / "whole"])
+    original = script.evaluate
+    monkeypatch.setattr(script, "evaluate", lambda *a, **k: [signal.raise_signal(signal.SIGTERM), original(*a, **k)][1])
+    with pytest.raises(SystemExit):
+        run(script, [*argv, "--run-dir", tmp_path / "cut"])
+    monkeypatch.setattr(script, "evaluate", original)
+    run(script, ["--resume", tmp_path / "cut"])
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def command(script, argv) -> list[str]:
@@ -190,7 +272,7 @@ def count_steps(script, monkeypatch) -> list:
 def test_every_real_step_is_counted(tmp_path, hyper_point, monkeypatch):
     steps = count_steps(hyper, monkeypatch)
     last = run(hyper, [*hyper_point, "--cost-data", "rollout", "--cost-every", "20", "--total-timesteps", "700", "--run-dir", tmp_path])
-    train, cost = steps.count(0), steps.count(1)
+    train, cost = steps.count(1), steps.count(2)  # 0 evaluates
     assert cost > 100 and last["env_steps"] == train + cost >= 700
     assert (last["charts/train_steps"], last["charts/cost_rollout_steps"]) == (train, cost)
 
@@ -198,27 +280,13 @@ def test_every_real_step_is_counted(tmp_path, hyper_point, monkeypatch):
 def test_recent_cost_data_takes_no_extra_steps(tmp_path, hyper_point, monkeypatch):
     steps = count_steps(hyper, monkeypatch)
     last = run(hyper, [*hyper_point, "--total-timesteps", "200", "--run-dir", tmp_path])
-    assert steps.count(0) == last["env_steps"] == 200 and steps.count(1) == 0
+    assert steps.count(1) == last["env_steps"] == 200 and steps.count(2) == 0
 
 
 @pytest.mark.parametrize("script,name", [(sac, "buffer"), (hyper, "real")])
 def test_time_limits_do_not_stop_bootstrapping(script, name, tmp_path, hyper_point):
-    run(
-        script,
-        [
-            *argv_of(script, hyper_point),
-            "--total-timesteps",
-            "220",
-            "--seed",
-            "5",
-            "--tau",
-            "0.0001",
-            "--actor-lr",
-            "1e-9",
-            "--run-dir",
-            tmp_path,
-        ],
-    )
+    argv = [*argv_of(script, hyper_point), *"--total-timesteps 220 --seed 5 --tau 0.0001 --actor-lr 1e-9".split()]
+    run(script, [*argv, "--run-dir", tmp_path])
     parts = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]
     stored = parts[name]["rows"]
     continues = (stored[:-1, 6:10] == stored[1:, :4]).all(-1)
@@ -317,13 +385,23 @@ def test_minari_dataset_loads_like_the_same_npz(tmp_path, monkeypatch, demos):
     assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("script", [sac, hyper])
+def test_the_environment_that_renders_is_made_first(script, tmp_path, hyper_point, monkeypatch):
+    """It chooses the renderer, and dm_control reads the choice only once."""
+    modes, original = [], script.make_env
+    monkeypatch.setattr(script, "make_env", lambda env_id, mode=None: [modes.append(mode), original(env_id)][1])
+    monkeypatch.setattr(script, "evaluate", lambda *a, **k: dict(eval_return_mean=0.0))
+    run(script, [*argv_of(script, hyper_point), "--capture-video", "--total-timesteps", "70", "--run-dir", tmp_path])
+    assert modes[0] == "rgb_array" and not any(modes[1:])
+
+
 def test_video(tmp_path):
     """Headless: in a process of its own, because the rendering backend is chosen when MuJoCo is first imported."""
-    argv = ["--env-id", "Hopper-v4", *TINY_SAC, "--total-timesteps", "30", "--capture-video", "--run-dir", tmp_path]
+    argv = ["--env-id", "Hopper-v4", *TINY_SAC, "--total-timesteps", "70", "--capture-video", "--run-dir", tmp_path]
     env = {key: value for key, value in environment().items() if key != "MUJOCO_GL"}
     result = subprocess.run(command(sac, argv), env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in tmp_path.glob("videos/*.mp4")) == ["step-0-episode-0.mp4", "step-30-episode-0.mp4"]
+    assert sorted(path.name for path in tmp_path.glob("videos/*.mp4")) == ["step-0-episode-0.mp4", "step-70-episode-0.mp4"]
     assert all(path.stat().st_size > 1000 for path in tmp_path.glob("videos/*.mp4"))
 
 
@@ -363,34 +441,53 @@ def test_sac_learns(tmp_path):
 
 
 def test_hyper_imitates(tmp_path, demos):
-    argv = [*POINT, "--demos", demos, "--num-demos", "5", "--termination", "tests.pointmass:terminates", "--hidden-sizes", "32", "32"]
-    argv += ["--model-hidden-sizes", "32", "32", "--model-every", "50", "--model-first-batches", "300", "--model-max-batches", "40"]
-    argv += [
-        "--batch-size",
-        "64",
-        "--initial-steps",
-        "200",
-        "--updates-per-step",
-        "4",
-        "--cost-lr",
-        "1e-3",
-        "--actor-lr",
-        "1e-3",
-        "--gamma",
-        "0.9",
-    ]
-    last = run(hyper, [*argv, "--total-timesteps", "1200", "--eval-every", "200", "--eval-episodes", "10", "--run-dir", tmp_path])
-    assert last["eval_return_mean"] > 0.93 * last["expert_return"] > 0.93 * 30
-    assert float(rows(tmp_path)[0]["eval_return_mean"]) < 0.8 * last["expert_return"]
-    assert last["eval_success_rate"] == 1
+    argv = f"""--demos {demos} --num-demos 5 --termination tests.pointmass:terminates --hidden-sizes 32 32 --model-hidden-sizes 32 32
+        --model-every 50 --model-first-batches 300 --model-max-batches 40 --batch-size 64 --initial-steps 200 --updates-per-step 4
+        --cost-lr 1e-3 --actor-lr 1e-3 --critic-lr 1e-3 --gamma 0.9 --total-timesteps 1200 --eval-every 200 --eval-episodes 10""".split()
+    last = run(hyper, [*POINT, *argv, "--seed", "2", "--run-dir", tmp_path])
+    assert last["eval_return_mean"] > 0.85 * last["expert_return"] > 0.85 * 30
+    assert float(rows(tmp_path)[0]["eval_return_mean"]) < 0.5 * last["expert_return"]
+    assert last["eval_success_rate"] > 0.8
 
 
 def test_launcher_files_each_seed_and_goes_on_where_one_stopped(tmp_path):
     words = [*POINT, *TINY_SAC, "--total-timesteps", "120", "--eval-every", "60"]
     argv = [sys.executable, ROOT / "benchmark" / "launch.py", "sac.py", "--seeds", "1", "2", "--parallel", "2", "--runs", tmp_path / "runs"]
-    argv += ["--results", tmp_path / "results", "--", *words]
+    argv += ["--results", tmp_path / "results"]
+    refused = subprocess.run([*map(str, argv), "--", *words], env=environment(), capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 1 and "--hidden-sizes" in refused.stderr and "--variant" in refused.stderr
+    argv += ["--variant", "default-tiny", "--", *words]
     for _ in range(2):  # the second time finds finished runs
         result = subprocess.run([str(word) for word in argv], env=environment(), capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 0 and "seed 2:" in result.stdout, result.stderr
-    filed = sorted(path.name for path in (tmp_path / "results" / "sac" / "default" / "tests.pointmass-PointMass-v0").iterdir())
+    filed = sorted(path.name for path in (tmp_path / "results" / "sac" / "default-tiny" / "tests.pointmass-PointMass-v0").iterdir())
     assert filed == ["seed1.csv", "seed1.json", "seed2.csv", "seed2.json"]
+
+
+def test_an_environment_module_in_the_working_directory(tmp_path):
+    (tmp_path / "mine.py").write_text((ROOT / "tests" / "pointmass.py").read_text())
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    argv = [*TINY_SAC, "--env-id", "mine:PointMass-v0", "--total-timesteps", "70", "--run-dir", tmp_path / "run"]
+    result = subprocess.run(command(sac, argv), cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_wrapper_of_the_actions_inside_the_environment_is_respected(tmp_path, demos):
+    """Units and bounds are those below make_env's own rescaling, not those of the innermost simulator."""
+    env_id = "tests.pointmass:Rescaled-v0"  # actions in [-1, 1] around a simulator of [-2, 2]
+    env = hyper.ResumableEnv(hyper.make_env(env_id), [0, 0])
+    data = dict(np.load(demos))
+    data["actions"] /= 2
+    np.savez(tmp_path / "demo.npz", **data)
+    rows, _ = hyper.load_demos(str(tmp_path / "demo.npz"), env_id, env, 2)
+    assert np.abs(data["actions"]).max() <= 1
+    np.testing.assert_allclose(rows[:, 4:6].numpy(), data["actions"][: len(rows)], atol=1e-5)
+    content = hyper.policy_content(hyper.Actor(4, 2, (8,)), env, hyper.Args(env_id=env_id, hidden_sizes=(8,)), 0)
+    assert (content["action_low"], content["action_high"]) == ([-1, -1], [1, 1])
+
+
+def test_evaluation_trembles_as_the_run_did(tmp_path, hyper_point):
+    run(hyper, [*hyper_point, "--p-tremble", "0.3", "--total-timesteps", "70", "--run-dir", tmp_path])
+    argv = ["--eval-only", "--checkpoint", str(tmp_path / "policy.pt")]
+    assert hyper.parse_args(argv).p_tremble == 0.3
+    assert hyper.parse_args([*argv, "--p-tremble", "0"]).p_tremble == 0

@@ -47,6 +47,18 @@ def test_no_wanted_difference_is_stale():
         assert len({blocks(path).get(name) for path in SCRIPTS} - {None}) > 1, f"{name} is the same everywhere"
 
 
+def test_shared_constants_are_the_same_everywhere():
+    """All but the settings and the names of this script's own flags."""
+    own = {"PRESETS", "POSITIVE", "FRACTIONS", "RESUME_MAY_CHANGE"}
+    first: dict[str, str] = {}
+    for path in SCRIPTS:
+        for node in ast.parse(path.read_text()).body:
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                if target.id not in own and not target.id.startswith("_"):
+                    assert first.setdefault(target.id, ast.unparse(node.value)) == ast.unparse(node.value), f"{target.id} in {path.name}"
+    assert {"OBS_KEPT", "SCRIPT"} <= first.keys()
+
+
 def test_sync_copies_a_block(tmp_path):
     (tmp_path / "a.py").write_text("X = 1\n\n\n@decorated\ndef f(x):\n    # why\n    return x\n\n\ndef g():\n    pass\n")
     (tmp_path / "b.py").write_text("def f(x):\n    return -x\n\n\nY = 2\n")
