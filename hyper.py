@@ -1353,6 +1353,8 @@ def train(args: Args) -> dict:
 
     fresh = dict(env_steps=0, train_steps=0, cost_rollout_steps=0, updates=0, cost_rounds=0, updates_since_round=0)
     checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=fresh)
+    if args.resume and checkpoint["parts"]["log"]["rows"][-1]["expert_return"] != expert_return:
+        fail(f"--resume {args.resume}: the demonstrations in {demos} are not those of the run")
     run_dir = make_run_dir(args)
     counters = checkpoint["counters"]
     log = parts["log"] = Log(run_dir, args, counters["env_steps"])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-NO_CHANGE = {"algo", "seed", "run_dir", "compile", "bf16", "checkpoint_every", "num_threads", "device", "track", "exp_name", "demos",
+NO_CHANGE = {"algo", "seed", "run_dir", "compile", "bf16", "checkpoint_every", "num_threads", "device", "track", "exp_name",
              "total_timesteps"}  # fmt: skip
 
 

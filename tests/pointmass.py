@@ -1,5 +1,7 @@
 """The test suite's own environment: a point pushed towards the origin. `--env-id tests.pointmass:PointMass-v0`."""
 
+from typing import ClassVar
+
 import gymnasium as gym
 import numpy as np
 import torch
@@ -38,7 +40,7 @@ class Image(PointMass):
 
 
 class Blind(PointMass):
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, render_mode=None):
         self.render_mode = render_mode

@@ -132,6 +132,18 @@ def test_resume_of_another_scripts_run(finished, capsys, tmp_path):
     assert "a run of sac.py, not of hyper.py" in complaint(hyper, ["--resume", str(finished)], capsys, tmp_path)
 
 
+def test_resume_with_other_demonstrations(capsys, tmp_path, hyper_point, demos):
+    """They may have moved, not changed; what the run is about stays as it was."""
+    run(hyper, [*hyper_point, "--total-timesteps", "70", "--run-dir", tmp_path / "run"])
+    about = (tmp_path / "run" / "args.json").read_text()
+    data = dict(np.load(demos))
+    data["rewards"] += 1
+    np.savez(tmp_path / "other.npz", **data)
+    capsys.readouterr()
+    line = complaint(hyper, ["--resume", str(tmp_path / "run"), "--demos", str(tmp_path / "other.npz")], capsys, tmp_path / "no")
+    assert "are not those of the run" in line and (tmp_path / "run" / "args.json").read_text() == about
+
+
 def test_recording_into_a_folder_that_is_not_there_is_noticed_before_training(capsys, tmp_path):
     assert "there is no folder" in complaint(sac, [*HOPPER, "--record-demos", tmp_path / "no" / "d.npz"], capsys, tmp_path)
 

@@ -100,7 +100,10 @@ def test_what_a_batch_holds_and_which_step_sizes_it_is_learned_with(tmp_path, hy
         "20",
     ]
     run(hyper, [*argv, "--lr-sawtooth", "10", "--cost-every", "4", "--run-dir", tmp_path])
-    rows_of = lambda rows: {tuple(row) for row in rows[:, :10].numpy().round(5).tolist()}  # noqa: E731
+
+    def rows_of(rows: torch.Tensor) -> set[tuple]:
+        return {tuple(row) for row in rows[:, :10].numpy().round(5).tolist()}
+
     expert = rows_of(hyper.load_demos(demos, POINT[1], hyper.make_env(POINT[1]), 4)[0])
     real = rows_of(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["real"]["rows"])
     assert len(seen) == 2 * 41 and not expert & real  # the first update comes with the last step of the warm-up
@@ -139,20 +142,8 @@ def test_the_saved_actor_is_the_average(tmp_path, hyper_point, monkeypatch):
 def test_episodes_are_cut_at_multiples_of_reset_every(tmp_path, hyper_point, monkeypatch):
     lengths, original = [], hyper.ResumableEnv.reset
     monkeypatch.setattr(hyper.ResumableEnv, "reset", lambda self: [lengths.append(len(self.executed)), original(self)][1])
-    argv = [
-        *hyper_point,
-        "--initial-steps",
-        "30",
-        "--eval-every",
-        "1000",
-        "--reset-every",
-        "7",
-        "--total-timesteps",
-        "130",
-        "--run-dir",
-        tmp_path,
-    ]
-    run(hyper, argv)
+    flags = "--initial-steps 30 --eval-every 1000 --reset-every 7 --total-timesteps 130".split()
+    run(hyper, [*hyper_point, *flags, "--run-dir", tmp_path])
     assert lengths.count(7) >= 10 and max(lengths[3:-1]) <= 30
 
 
