@@ -1333,7 +1333,7 @@ def train(args: Args) -> dict:
     cost_optimizer = Adam(cost.parameters(), args.cost_lr, args.cost_weight_decay, optimistic=args.cost_restart).to(device)
     expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D_E
     expert.extend(expert_rows)
-    real = ReplayBuffer(args.total_timesteps, obs_dim, act_dim, device)  # D_pi
+    real = ReplayBuffer(args.total_train_steps or args.total_timesteps, obs_dim, act_dim, device)  # D_pi
     hybrid = ReplayBuffer(args.hybrid_size or 1, obs_dim, act_dim, device)  # D_hyb, if it is a queue of its own
     if args.hybrid_size:
         hybrid.extend(expert_rows)
@@ -1360,7 +1360,7 @@ def train(args: Args) -> dict:
     log = parts["log"] = Log(run_dir, args, counters["env_steps"])
     if args.resume:
         restore(checkpoint, parts)
-        real.resize(args.total_timesteps)  # the run may have become longer
+        real.resize(args.total_train_steps or args.total_timesteps)  # the run may have become longer
     else:
         env.reset()
     stop, obs = StopSignal(), env.obs
@@ -1485,7 +1485,7 @@ def train(args: Args) -> dict:
         counters["env_steps"] += 1
         counters["train_steps"] += 1
         steps = counters["train_steps"] - args.initial_steps
-        if terminated or truncated or (args.reset_every and training and steps % args.reset_every == 0):
+        if terminated or truncated or (args.reset_every and steps >= 0 and steps % args.reset_every == 0):
             log.writer.add_scalar("charts/episodic_return", env.episode_return, counters["env_steps"])
             log.writer.add_scalar("charts/episodic_length", len(env.executed), counters["env_steps"])
             obs = env.reset()

@@ -41,6 +41,43 @@ def test_gradient_penalty_of_a_linear_cost(target):
     assert (moved.sign() == -before.sign().flatten()).all()  # |w| = 1.3 is above the target: towards zero
 
 
+class Catch:
+    """An optimiser that keeps the gradients instead of stepping."""
+
+    def __init__(self, module):
+        self.params = list(module.parameters())
+
+    def step(self, grads):
+        self.grads = grads
+
+
+@pytest.mark.parametrize("loss,reduce", [("moment", "min"), ("moment", "max"), ("logistic", "min")])
+def test_cost_gradient_is_that_of_the_written_out_loss(loss, reduce):
+    torch.manual_seed(0)
+    args = hyper.Args(cost_loss=loss, cost_reduce=reduce, cost_members=7, cost_gp_weight=10.0, cost_gp_target=0.4)
+    cost = hyper.Cost(2, 1, args).double()
+    expert, learner, mix = torch.randn(16, 3).double(), torch.randn(16, 3).double() + 0.5, torch.rand(16, 1).double()
+    catch = Catch(cost)
+    hyper.cost_update(cost, catch, expert, learner, mix, args)
+
+    def f(x):
+        h = x.expand(7, -1, -1)
+        for layer in cost.net.hidden:
+            h = torch.relu(h @ layer.weight + layer.bias)
+        members = (h @ cost.net.output.weight + cost.net.output.bias)[..., 0]
+        return members.min(0).values if reduce == "min" else members.max(0).values
+
+    points = (mix * expert + (1 - mix) * learner).requires_grad_()
+    (slope,) = torch.autograd.grad(f(points).sum(), points, create_graph=True)
+    total = 10 * (slope.norm(dim=1) - 0.4).square().mean()
+    if loss == "moment":
+        total = total + f(expert).mean() - f(learner).mean()
+    else:  # the logit of "learner"
+        total = total - torch.log(1 - torch.sigmoid(f(expert))).mean() - torch.log(torch.sigmoid(f(learner))).mean()
+    for ours, theirs in zip(catch.grads, torch.autograd.grad(total, catch.params), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("loss", ["moment", "logistic"])
 def test_reward_becomes_higher_on_expert_rows_and_relabelling_follows(loss):
     torch.manual_seed(0)
@@ -146,12 +183,13 @@ def test_compiled_steps_agree_with_eager():
 
 def test_sac_update_without_cloning_is_the_one_of_sac():
     torch.manual_seed(0)
-    obs, action = torch.randn(32, 3), torch.rand(32, 2) - 0.5
-    batch, noise = hyper.Batch(obs, action, torch.randn(32), obs, torch.zeros(32)), torch.randn(2, 32, 2)
+    ended = (torch.rand(32) < 0.5).float()
+    batch = hyper.Batch(torch.randn(32, 3), torch.rand(32, 2) - 0.5, torch.randn(32), torch.randn(32, 3), ended)
+    actor_obs, noise = torch.randn(32, 3), torch.randn(2, 32, 2)
     agent = hyper.Agent(3, 2, TINY)
     other = copy.deepcopy(agent)
-    ours = hyper.sac_update(agent, batch, obs, noise, TINY, slice(0, 0))
-    theirs = sac.sac_update(other, batch, obs, noise, TINY)
+    ours = hyper.sac_update(agent, batch, actor_obs, noise, TINY, slice(0, 0))
+    theirs = sac.sac_update(other, batch, actor_obs, noise, TINY)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert all(torch.equal(p, q) for p, q in zip(agent.parameters(), other.parameters(), strict=True))
 
@@ -186,14 +224,7 @@ def test_nll_gradient_against_finite_differences():
         gaussian = torch.distributions.Normal(mean, (0.5 * log_var).exp())
         return (-2 * gaussian.log_prob(targets) - math.log(2 * math.pi)).mean((1, 2)).sum()
 
-    class Catch:
-        def __init__(self):
-            self.params = list(model.parameters())
-
-        def step(self, grads):
-            self.grads = grads
-
-    catch = Catch()
+    catch = Catch(model)
     assert hyper.dynamics_update(model, catch, inputs, targets, TINY).item() == pytest.approx(nll().item() / 7, rel=1e-6)
     for p, grad in zip(catch.params, catch.grads, strict=True):
         index = int(torch.randint(p.numel(), ()))
@@ -208,39 +239,44 @@ def test_nll_gradient_against_finite_differences():
 
 
 def fit_and_watch(n=200, weights=None, **settings):
-    """Fits rows whose first input is their number; returns what each minibatch held."""
+    """Fits rows whose first input is their number; returns the rows of each epoch's minibatches and the held-out ones."""
     args = replace(TINY, **settings)
     torch.manual_seed(0)
     model = hyper.EnsembleDynamics(1, 1, args)
     number = torch.arange(n, dtype=torch.float32)
     batch = hyper.Batch(number[:, None], torch.zeros(n, 1), torch.zeros(n), number[:, None] + 1, torch.zeros(n))
-    seen = []
+    seen, held_out, forward = [], set(), model.forward
 
     def watch(model, optimizer, inputs, targets, args):
         seen.append(inputs[..., 0].long())
         return torch.tensor(0.0)
 
+    def watched_forward(inputs):  # the fit itself calls the model only to validate
+        held_out.update(inputs[..., 0].long().flatten().tolist())
+        return forward(inputs)
+
+    model.forward = watched_forward
     optimizer = hyper.Adam(model.parameters(), 1e-3)
     hyper.fit_dynamics(model, optimizer, watch, batch, torch.ones(n) if weights is None else weights, 0, args, generator())
     epochs = torch.cat(seen, 1).split(n - n // 5, 1)
-    return model, epochs
+    return epochs, held_out
 
 
 def test_bootstrap_has_63_percent_unique_rows_and_never_the_held_out_ones():
-    _, epochs = fit_and_watch(n=5000, model_patience=3)
+    epochs, held_out = fit_and_watch(n=5000, model_patience=3)
     assert len(epochs) == 3  # nothing improves: patience ends the fit
     unique = [set(member.tolist()) for member in epochs[0]]
     np.testing.assert_allclose([len(u) / 4000 for u in unique], 1 - math.exp(-1), atol=0.02)
     for later in epochs[1:]:
         for member, first in zip(later, unique, strict=True):
             assert set(member.tolist()) == first  # fixed for the call
-    assert len(set.union(*unique)) <= 4000
+    assert len(held_out) == 1000 and not set.union(*unique) & held_out
     assert unique[0] != unique[1]
 
 
 def test_bootstrap_follows_the_weights():
     weights = torch.cat([torch.full((4000,), 1 / 4000), torch.full((1000,), 1 / 1000)])
-    _, epochs = fit_and_watch(n=5000, weights=weights, model_patience=1)
+    epochs, _ = fit_and_watch(n=5000, weights=weights, model_patience=1)
     assert (epochs[0] >= 4000).float().mean().item() == pytest.approx(0.5, abs=0.03)
 
 
@@ -264,6 +300,29 @@ def test_fit_keeps_the_last_epoch_that_improved_and_ranks_elites():
     assert logged["model/batches"] == 6  # 2 whole minibatches an epoch, one good epoch and two without improvement
     torch.testing.assert_close(model.net.output.bias[:, 0, 0].detach(), torch.tensor([0.2, 0.9, 0.5, 0.8, 0.1, 1.0, 0.7]))
     assert model.elites.tolist() == [5, 1, 3, 6, 2]  # errors 0, .01, .04, .09, .25
+
+
+def test_a_fit_goes_on_only_while_a_member_beats_its_own_best_by_one_percent():
+    """Epoch 1 improves member 0; epoch 2 member 1, while 0 falls back; epoch 3 member 0 by 0.5% of its best: that ends it."""
+    torch.manual_seed(0)
+    args = replace(TINY, model_patience=1)
+    model = hyper.EnsembleDynamics(1, 1, args)
+    model.net.output.weight.data.zero_()
+    model.net.output.bias.data.zero_()  # every member's error is 1
+    x, calls = torch.randn(100, 1), []
+    batch = hyper.Batch(x, torch.zeros(100, 1), torch.zeros(100), x + 1, torch.zeros(100))
+    errors = [(0.25, 1.0), (1.0, 0.25), (0.25 * 0.995, 0.25), (0.01, 0.01)]
+
+    def script(model, optimizer, inputs, targets, args):
+        for member, error in enumerate(errors[len(calls) // 2]):
+            model.net.output.bias.data[member, 0, 0] = 1 - math.sqrt(error)
+        calls.append(1)
+        return torch.tensor(0.0)
+
+    logged = hyper.fit_dynamics(model, None, script, batch, torch.ones(100), 0, args, generator())
+    assert logged["model/batches"] == 6 and logged["model/hold_out_mse"] == pytest.approx(5.5 / 7, rel=1e-4)
+    torch.testing.assert_close(model.net.output.bias[:2, 0, 0].detach(), torch.tensor([0.0, 0.5]))
+    assert set(model.elites[:2].tolist()) == {0, 1}
 
 
 def test_a_limit_on_minibatches_holds():
@@ -300,7 +359,9 @@ def test_ts1_deals_equal_parts_to_the_elites_and_restores_the_order():
     obs = torch.arange(200.0).view(100, 2)
     who = (model.sample(obs, torch.zeros(100, 1), generator()) - 2 * obs) * 1e3
     assert (who[:, 0] - who[:, 1]).abs().max() < 0.1
-    assert torch.bincount(who[:, 0].round().long()).tolist() == [20] * 5
+    dealt, again = (((model.sample(obs, torch.zeros(100, 1), generator(seed)) - 2 * obs)[:, 0] * 1e3).round().long() for seed in (0, 1))
+    assert torch.bincount(dealt).tolist() == [20] * 5
+    assert not torch.equal(dealt, dealt.sort().values) and not torch.equal(dealt, again)  # at random
     for n in (1, 3, 98, 101):
         who = (model.sample(obs[:1].expand(n, -1), torch.zeros(n, 1), generator()) - 2 * obs[:1]) * 1e3
         counts = torch.bincount(who[:, 0].round().long(), minlength=5)
@@ -456,6 +517,35 @@ def test_demo_actions_round_trip_between_units(tmp_path):
     ours = rows[:, 45 : 45 + 17].numpy()
     np.testing.assert_allclose(ours, actions / 0.4, atol=1e-5)
     np.testing.assert_allclose(env.action(ours[1]), actions[1], atol=1e-6)
+
+
+def test_paper_preset_is_the_published_table():
+    columns = (
+        "hidden_sizes actor_lr critic_lr autotune alpha target_entropy updates_per_step update_every model_hidden_sizes model_mean_clamp "
+    )
+    columns += "model_cosine lr_sawtooth cost_every cost_clamp cost_weight_decay rollout_schedule p_tremble"
+    walker = [(1024,) * 2, 1e-4, 1e-4, False, 0.2, None, 20, 2, (200,) * 4, 40, 30_000, 10_000, 1_000, 40, 5e-5, (20, 100, 1, 25), 0.01]
+    table = {
+        "Hopper": [(512,) * 2, 3e-4, 3e-4, True, 1.0, 1.0, 30, 1, (400,) * 4, 0, 0, 0, 1_000, 0, 0, (20, 100, 1, 25), 0.01],
+        "Walker2d": walker,
+        "HalfCheetah": walker,
+        "Ant": [(1024,) * 2, 1e-4, 1e-4, False, 0.2, None, 30, 1, (400,) * 4, 40, 0, 0, 200, 40, 5e-5, (20, 100, 1, 25), 0.01],
+        "Humanoid": [(1024,) * 2, 1e-4, 1e-4, True, 1.0, -1.42, 20, 2, (400,) * 4, 0, 0, 10_000, 1_000, 0, 0, (20, 300, 1, 25), 0.025],
+    }
+    common = dict(
+        num_demos=64, total_train_steps=151_000, initial_steps=1_000, reset_every=1_000, gamma=0.99, tau=0.005, target_update_every=4,
+        batch_size=256, real_share=0, expert_share=0, bc_weight=0, optimistic=True, independent_actor_batch=True, critic_layer_norm=False,
+        actor_average=0, lr_decay=0, model_members=7, model_elites=5, model_lr=3e-4, model_weight_decay=5e-5, model_batch_size=256,
+        model_every=125, model_patience=10, model_first_batches=0, model_max_batches=0, model_data="hybrid", hybrid_size=150_000,
+        expert_start_prob=0.5, start_coin="call", rollout_noise=True, rollouts_per_step=400, rollout_retain=1, pessimism_coef=0,
+        cost_loss="moment", cost_data="rollout", cost_episodes=4, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True,
+        cost_normalise=False, cost_gp_weight=10, cost_gp_target=0.4, cost_members=7, cost_reduce="min",
+    )  # fmt: skip
+    for robot, row in table.items():
+        for v in (4, 5):
+            args = hyper.parse_args(["--env-id", f"{robot}-v{v}", "--preset", "paper"])
+            for name, value in [*zip(columns.split(), row, strict=True), *common.items()]:
+                assert getattr(args, name) == value, (robot, name)
 
 
 def test_entropy_target_in_environment_units_equals_ours():

@@ -140,11 +140,128 @@ def test_the_saved_actor_is_the_average(tmp_path, hyper_point, monkeypatch):
 
 
 def test_episodes_are_cut_at_multiples_of_reset_every(tmp_path, hyper_point, monkeypatch):
-    lengths, original = [], hyper.ResumableEnv.reset
-    monkeypatch.setattr(hyper.ResumableEnv, "reset", lambda self: [lengths.append(len(self.executed)), original(self)][1])
+    lengths, original = {}, hyper.ResumableEnv.reset
+    monkeypatch.setattr(
+        hyper.ResumableEnv, "reset", lambda self: [lengths.setdefault(self, []).append(len(self.executed)), original(self)][1]
+    )
     flags = "--initial-steps 30 --eval-every 1000 --reset-every 7 --total-timesteps 130".split()
     run(hyper, [*hyper_point, *flags, "--run-dir", tmp_path])
-    assert lengths.count(7) >= 10 and max(lengths[3:-1]) <= 30
+    ends = set(np.cumsum(max(lengths.values(), key=len)).tolist())  # of the training environment's episodes
+    assert set(range(30, 131, 7)) <= ends and len(ends - set(range(30, 131, 7))) < 8  # the others ended by themselves
+
+
+# What is imagined from, what the model learns from, what the cost sees.
+def watch(monkeypatch, name: str) -> list:
+    """The inputs of each call of a function of hyper.py."""
+    calls, original = [], getattr(hyper, name)
+    monkeypatch.setattr(hyper, name, lambda *inputs: [calls.append(inputs), original(*inputs)][1])
+    return calls
+
+
+def as_set(rows: torch.Tensor) -> set[tuple]:
+    return {tuple(row) for row in rows.numpy().round(5).tolist()}
+
+
+def expert_rows(demos: str) -> torch.Tensor:
+    return hyper.load_demos(demos, POINT[1], hyper.make_env(POINT[1]), 4)[0]
+
+
+@pytest.mark.parametrize("prob,coin", [(0, "each"), (1, "each"), (0.25, "each"), (0.5, "call")])
+def test_imagined_trajectories_start_at_expert_states_with_the_given_probability(prob, coin, tmp_path, hyper_point, monkeypatch, demos):
+    calls = watch(monkeypatch, "imagine")
+    monkeypatch.setattr(hyper, "sac_update", lambda *_: {"losses/critic": torch.tensor(0.0)})
+    flags = ["--expert-start-prob", prob, "--start-coin", coin, "--total-timesteps", "300", "--cost-every", "1000"]
+    run(hyper, [*hyper_point, *flags, "--run-dir", tmp_path])
+    expert = as_set(expert_rows(demos)[:, :4])
+    shares = [np.mean([tuple(row) in expert for row in call[2].numpy().round(5).tolist()]) for call in calls]
+    assert len(shares) == 9 and all(len(call[2]) == 4 * 30 for call in calls)
+    if coin == "call":
+        assert set(shares) == {0.0, 1.0}
+    else:
+        assert np.mean(shares) == pytest.approx(prob, abs=0.06 if 0 < prob < 1 else 0)
+
+
+def test_the_model_learns_from_expert_and_learner_in_equal_parts(tmp_path, hyper_point, monkeypatch, demos):
+    calls, rows = watch(monkeypatch, "fit_dynamics"), expert_rows(demos)[:, :4]
+    expert = as_set(rows)
+    run(hyper, [*hyper_point, "--total-timesteps", "125", "--run-dir", tmp_path / "hybrid"])
+    for n, (_, _, _, batch, weights, *_) in zip((60, 90, 120), calls, strict=True):
+        from_expert = torch.tensor([tuple(row) in expert for row in batch.obs.numpy().round(5).tolist()])
+        assert len(weights) == n + len(rows) and from_expert.sum() == len(rows)
+        assert weights[from_expert].sum().item() == pytest.approx(weights[~from_expert].sum().item(), rel=1e-4)
+    calls.clear()
+    run(hyper, [*hyper_point, "--model-data", "learner", "--total-timesteps", "70", "--run-dir", tmp_path / "learner"])
+    assert len(calls[0][3].obs) == 60 and not as_set(calls[0][3].obs) & expert
+
+
+def test_the_queue_of_model_data_takes_an_expert_row_for_each_training_step(tmp_path, hyper_point, monkeypatch, demos):
+    calls, expert = watch(monkeypatch, "fit_dynamics"), expert_rows(demos)[:, :4]
+    run(hyper, [*hyper_point, "--hybrid-size", "1000", "--total-timesteps", "125", "--run-dir", tmp_path / "all"])
+    for steps, call in zip((0, 30, 60), calls, strict=True):
+        obs = call[3].obs
+        assert torch.equal(obs[: len(expert)], expert) and len(obs) == len(expert) + 60 + 2 * steps
+        later = obs[len(expert) + 60 :]
+        assert as_set(later[1::2]) <= as_set(expert) and not as_set(later[0::2]) & as_set(expert)
+    longest = calls[-1][3].obs
+    calls.clear()
+    run(hyper, [*hyper_point, "--hybrid-size", "100", "--total-timesteps", "125", "--run-dir", tmp_path / "fifo"])
+    assert len(calls[-1][3].obs) == 100 and len(longest) > 300
+    assert as_set(calls[-1][3].obs[0::2]).isdisjoint(as_set(expert)) or as_set(calls[-1][3].obs[1::2]).isdisjoint(as_set(expert))
+
+
+def test_a_batch_is_relabelled_with_the_current_cost(tmp_path, hyper_point, monkeypatch):
+    made, original, checked = [], hyper.sac_update, []
+
+    class Cost(hyper.Cost):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            made.append(self)
+
+    def update(agent, batch, actor_obs, noise, args, experts):
+        now = made[-1].reward(batch.obs, batch.action)
+        torch.testing.assert_close(batch.reward[: experts.stop], now[: experts.stop])
+        assert (batch.reward[experts.stop :] < now[experts.stop :]).all()  # minus the pessimism of imagined rows
+        checked.append(now.mean().item())
+        return original(agent, batch, actor_obs, noise, args, experts)
+
+    monkeypatch.setattr(hyper, "Cost", Cost)
+    monkeypatch.setattr(hyper, "sac_update", update)
+    flags = ["--pessimism-coef", "1", "--cost-lr", "0.01", "--total-timesteps", "100"]
+    run(hyper, [*hyper_point, *flags, "--run-dir", tmp_path])
+    assert len(checked) == 82 and np.std(checked) > 0.01  # the cost did change
+
+
+def test_rollouts_lengthen_with_the_epochs_and_their_buffer_with_them(tmp_path, hyper_point, monkeypatch):
+    calls, capacities, resize = watch(monkeypatch, "imagine"), [], hyper.ReplayBuffer.resize
+    monkeypatch.setattr(hyper, "sac_update", lambda *_: {"losses/critic": torch.tensor(0.0)})
+    monkeypatch.setattr(hyper.ReplayBuffer, "resize", lambda self, n: [capacities.append(n), resize(self, n)][1])
+    flags = "--model-every 500 --cost-every 5000 --eval-every 5000 --rollout-schedule 0 3 1 4 --total-timesteps 2100".split()
+    run(hyper, [*hyper_point, *flags, "--rollout-retain", "3", "--run-dir", tmp_path])
+    assert [call[3] for call in calls] == [2, 2, 2, 3, 3]  # after 0, 500, 1,000 steps of training: epoch 1; then epoch 2
+    assert capacities == [length * 4 * 1_000 * 3 for length in (2, 3)]
+
+
+def test_published_cost_rounds_have_fresh_optimisers_with_harmonic_step_sizes(tmp_path, hyper_point, monkeypatch):
+    """lr0, lr0, lr0 / 2, lr0 / 3, ...; and the learner rows are what the current policy meant to do, trembling or not."""
+    seen, acted, update, act = [], set(), hyper.cost_update, hyper.Actor.act
+
+    def watched_act(self, obs, generator=None):
+        action = act(self, obs, generator)
+        if generator is None:
+            acted.add(tuple(np.concatenate([obs, action]).astype(np.float32).round(5).tolist()))
+        return action
+
+    def watched_update(cost, optimizer, expert, learner, mix, args):
+        seen.append((optimizer.lr.item(), optimizer.steps.item(), optimizer.optimistic))
+        assert as_set(learner) <= acted and len(as_set(learner)) > 40
+        return update(cost, optimizer, expert, learner, mix, args)
+
+    monkeypatch.setattr(hyper.Actor, "act", watched_act)
+    monkeypatch.setattr(hyper, "cost_update", watched_update)
+    flags = "--cost-data rollout --cost-restart --cost-every 5 --cost-lr 0.0008 --p-tremble 0.5 --total-train-steps 90".split()
+    run(hyper, [*hyper_point, *flags, "--total-timesteps", "9000", "--run-dir", tmp_path])
+    np.testing.assert_allclose([lr / 8e-4 for lr, *_ in seen], [1, 1, 1 / 2, 1 / 3, 1 / 4, 1 / 5], rtol=1e-5)
+    assert all(steps == 0 and optimistic for _, steps, optimistic in seen)
 
 
 @pytest.mark.parametrize("script", [sac, hyper])
