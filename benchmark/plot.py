@@ -64,8 +64,9 @@ def published(script: str) -> dict[str, list[dict[str, str]]]:
 
 def table(script: str) -> str:
     lines = [
-        "| environment | variant | seeds | expert | steps to 90% | last ten evaluations, each seed | of the expert | minutes a run |",
-        "|" + "---|" * 8,
+        "| environment | variant | seeds | expert | steps to 90% | last ten evaluations, each seed | of the expert | "
+        "published at as many real steps, as many counted | minutes a run |",
+        "|" + "---|" * 9,
     ]
     for (env_id, variant), paths in runs(script).items():
         steps, returns, expert, minutes = curve(paths)
@@ -73,9 +74,13 @@ def table(script: str) -> str:
         reached = steps[point >= 0.9 * expert]
         first = f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
         has_expert = np.isfinite(expert)
+        theirs = []
+        for column in ("real_k_steps", "counted_k_steps"):  # their last evaluation until then, relative to their expert
+            until = [row for row in published(script).get(env_id.rpartition("-")[0], []) if float(row[column]) <= steps[-1] / 1_000]
+            theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "none yet")
         lines.append(
             f"| {env_id} | {variant} | {len(paths)} | {f'{expert:.0f}' if has_expert else '-'} | {first if has_expert else '-'} | "
-            f"{', '.join(f'{x:.0f}' for x in last)} | {f'{100 * last.mean() / expert:.0f}%' if has_expert else '-'} | {minutes:.0f} |"
+            f"{', '.join(f'{x:.0f}' for x in last)} | {f'{100 * last.mean() / expert:.0f}%' if has_expert else '-'} | {', '.join(theirs)} | {minutes:.0f} |"
         )
     return "\n".join(lines)
 
