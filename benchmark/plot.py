@@ -80,7 +80,8 @@ def table(script: str) -> str:
             theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "none yet")
         lines.append(
             f"| {env_id} | {variant} | {len(paths)} | {f'{expert:.0f}' if has_expert else '-'} | {first if has_expert else '-'} | "
-            f"{', '.join(f'{x:.0f}' for x in last)} | {f'{100 * last.mean() / expert:.0f}%' if has_expert else '-'} | {', '.join(theirs)} | {minutes:.0f} |"
+            f"{', '.join(f'{x:.0f}' for x in last)} | {f'{100 * last.mean() / expert:.0f}%' if has_expert else '-'} | "
+            f"{', '.join(theirs)} | {minutes:.0f} |"
         )
     return "\n".join(lines)
 
