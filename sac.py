@@ -558,6 +558,27 @@ def target_update(agent: Agent, tau: float) -> None:
     torch._foreach_lerp_(list(agent.target_critic.parameters()), list(agent.critic.parameters()), tau)
 
 
+def compiled(function: Callable, args: Args) -> Callable:
+    """With --compile, the update function as one graph; says how long its first call took.
+
+    torch keeps what it compiled on disk: the next run with the same shapes starts in a fraction of that time.
+    """
+    if not args.compile:
+        return function
+    torch._dynamo.config.trace_autograd_ops = True
+    graph, first = torch.compile(function, dynamic=False), True
+
+    def call(*inputs):
+        nonlocal first
+        started, result = time.time(), graph(*inputs)
+        if first:
+            tqdm.write(f"{SCRIPT}: compiled {function.__name__} in {time.time() - started:.0f} s", file=sys.stderr)
+            first = False
+        return result
+
+    return call
+
+
 # ---------------------------------------------------------------------------------------------- evaluation and logs
 def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremble: float = 0.0, video: Path | None = None) -> dict:
     """Deterministic episodes of the true reward; the same seed gives the same ones. Films the first one to `video`-....mp4."""
@@ -848,10 +869,7 @@ def train(args: Args) -> dict:
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(obs_dim, act_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)
-    update = sac_update
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True
-        update = torch.compile(sac_update, dynamic=False)
+    update = compiled(sac_update, args)
 
     fresh = dict(env_steps=0, updates=0)
     checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=fresh)

@@ -124,6 +124,14 @@ def test_compiled_step_agrees_with_eager():
     torch.testing.assert_close(dict(agent.named_parameters()), dict(twin.named_parameters()), rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_compiled_call_says_how_long_it_took(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *inputs: -function(*inputs))
+    assert sac.compiled(abs, sac.Args()) is abs
+    call = sac.compiled(abs, sac.Args(compile=True))
+    assert [call(-3), call(4)] == [-3, -4]
+    assert capsys.readouterr().err.count("compiled abs in 0 s") == 1
+
+
 def test_replay_keeps_the_newest_in_order():
     buffer = sac.ReplayBuffer(5, 2, 1, torch.device("cpu"))
     for i in range(8):
