@@ -160,6 +160,7 @@ FRACTIONS = ("gamma", "tau", "record_level")
 RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "num_threads", "track"}
 OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
 SCRIPT = Path(__file__).name
+STATE_EVERY = 4  # steps of a recorded episode between simulator states
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -803,25 +804,42 @@ class StopSignal:
 
 
 # ---------------------------------------------------------------------------------------------- demonstrations
+def simulator_state(env: gym.Env) -> np.ndarray:
+    """MuJoCo's integration state [k], in double precision: positions, velocities, and what warm-starts the solver."""
+    import mujoco
+
+    model, data, spec = env.unwrapped.model, env.unwrapped.data, mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(model, spec))
+    mujoco.mj_getState(model, data, state, spec)
+    return state
+
+
 def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
-    """Writes full-length episodes of the deterministic actor as time-flattened float32 arrays (demos/README.md)."""
+    """Writes full-length episodes of the deterministic actor as time-flattened float32 arrays (demos/README.md).
+
+    MuJoCo's own robots also get qpos, qvel, and at each fourth step the simulator's whole state, which restores it exactly.
+    """
     env = make_env(args.env_id)
     rescaled, limit = rescaling(env), env.spec.max_episode_steps
     env = ResumableEnv(env, [args.seed, 2])
     episodes, kept_returns, all_returns, data = 0, [], [], getattr(env.unwrapped, "data", None)
     has_state = hasattr(data, "qpos") and hasattr(data, "qvel")
     columns: dict[str, list] = {}
+    states: list[np.ndarray] = []
     with tqdm(total=args.record_episodes, unit="episode", dynamic_ncols=True) as bar:
         while len(kept_returns) < args.record_episodes:
             if episodes == 10 + 10 * args.record_episodes:
                 fail(f"--record-demos: only {len(kept_returns)} of {episodes} episodes reached the time limit: a better policy is needed")
             episode: dict[str, list] = {}
+            episode_states: list[np.ndarray] = []
             obs, done = env.reset(), False
             while not done:
                 action = actor.act(obs)
                 step = dict(observations=obs, actions=rescaled.action(action))
                 if has_state:
                     step.update(qpos=data.qpos.copy(), qvel=data.qvel.copy())
+                    if len(env.executed) % STATE_EVERY == 0:
+                        episode_states.append(simulator_state(env))
                 next_obs, reward, terminated, truncated, _ = env.step(action)
                 step.update(rewards=reward, next_observations=next_obs, terminations=terminated, truncations=truncated)
                 for name, value in step.items():
@@ -831,6 +849,7 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
             all_returns.append(env.episode_return)
             if not terminated and (limit is None or len(env.executed) == limit):
                 kept_returns.append(env.episode_return)
+                states.extend(episode_states)
                 for name, values in episode.items():
                     columns.setdefault(name, []).extend(values)
                 bar.update()
@@ -842,6 +861,8 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
         command=" ".join([SCRIPT, *sys.argv[1:]]),
     )  # fmt: skip
     arrays = {name: np.asarray(values, np.float32) for name, values in columns.items()}
+    if states:
+        arrays["states"] = np.array(states)
     write_atomically(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
     print(f"{path}: {len(kept_returns)} episodes, return {metadata['return_mean']:.1f} +- {metadata['return_std']:.1f}; "
           f"dropped {dropped:.0%} of {episodes} episodes as shorter than the time limit")  # fmt: skip

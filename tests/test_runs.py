@@ -442,6 +442,27 @@ def test_eval_only_record_and_imitate(tmp_path):
     np.testing.assert_allclose(2 * actor.act(data["observations"][7]), data["actions"][7], atol=1e-5)
 
 
+def test_recorded_states_put_the_simulator_back_exactly(tmp_path):
+    """From the state at a step, the recorded actions give the recorded observations to the last bit, also much later."""
+    import mujoco
+
+    expert = str(ROOT / "demos" / "experts" / "Hopper-v4.pt")
+    args = sac.parse_args(["--eval-only", "--checkpoint", expert, "--record-episodes", "2", "--seed", "7"])
+    sac.record_demos(tmp_path / "d.npz", sac.evaluate_policy(sac.replace(args, eval_episodes=1))["actor"], args, {})
+    data, env = np.load(tmp_path / "d.npz"), gym.make("Hopper-v4")
+    assert len(data["states"]) == 2 * 1000 / 4 and data["states"].dtype == np.float64
+    env.reset(seed=0)
+    model, simulator = env.unwrapped.model, env.unwrapped.data
+    for number in (0, 100, 300):
+        mujoco.mj_setState(model, simulator, data["states"][number], mujoco.mjtState.mjSTATE_INTEGRATION)
+        mujoco.mj_forward(model, simulator)  # derived quantities; it moves the warm start, so the state is set again
+        mujoco.mj_setState(model, simulator, data["states"][number], mujoco.mjtState.mjSTATE_INTEGRATION)
+        np.testing.assert_array_equal(simulator.qpos.astype(np.float32), data["qpos"][4 * number])
+        for row in range(4 * number, 4 * number + 300):
+            obs, *_ = env.unwrapped.step(data["actions"][row])
+            np.testing.assert_array_equal(obs.astype(np.float32), data["next_observations"][row])
+
+
 def test_record_level_keeps_the_actor_that_first_reached_it(tmp_path):
     demos = tmp_path / "medium.npz"
     argv = [
