@@ -863,6 +863,7 @@ class Cost(nn.Module):
         super().__init__()
         self.net = StackedMLP(args.cost_members, [obs_dim + act_dim, 256, 256, 1])
         self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
+        self.bf16 = args.bf16  # of the reward alone: the gradient penalty stays float32
         self.register_buffer("input_mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("input_std", torch.ones(obs_dim + act_dim))
         for layer in (*self.net.hidden, self.net.output):
@@ -893,7 +894,8 @@ class Cost(nn.Module):
     def reward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """What the policy maximises, [...], at obs [..., obs] and action [..., act]."""
         inputs = self.normalise(torch.cat([obs, action], -1))
-        cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
+            cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
         return F.softplus(-cost).clamp(max=10) if self.logistic else -cost
 
 

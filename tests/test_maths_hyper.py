@@ -105,6 +105,16 @@ def test_the_cost_sees_standardised_inputs_whatever_the_numbers_of_transitions()
     assert torch.equal(cost.reward(seen[:, :2], seen[:, 2:]), torch.nn.functional.softplus(-cost(cost.normalise(seen))).clamp(max=10))
 
 
+def test_reward_in_bfloat16_is_close_and_only_with_its_flag():
+    torch.manual_seed(0)
+    cost = hyper.Cost(2, 1, TINY)
+    obs, action = torch.randn(500, 2), torch.rand(500, 1)
+    exact = cost.reward(obs, action)
+    cost.bf16 = True
+    rounded = cost.reward(obs, action)
+    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.02
+
+
 def test_cost_reductions_and_clamp():
     torch.manual_seed(0)
     x = torch.randn(20, 3) * 5
