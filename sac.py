@@ -25,7 +25,8 @@ temperature alpha follows a target entropy.
     python sac.py --env-id Hopper-v4
     python sac.py --eval-only --checkpoint demos/experts/Ant-v4.pt --record-demos my.npz --record-episodes 64 --seed 3
 
-What to expect, after how many steps, in how many minutes: docs/sac.md.
+What to expect, after how many steps, in how many minutes: docs/sac.md. --help shows the defaults of the --env-id and
+--preset that stand beside it.
 """
 
 import contextlib
@@ -136,7 +137,7 @@ class Args:
     eval_only: bool = False
     """evaluate (and record) the policy of --checkpoint, train nothing"""
     checkpoint: str | None = None
-    """a policy.pt or checkpoint.pt for --eval-only"""
+    """a policy.pt or checkpoint.pt, or the run folder, for --eval-only"""
     capture_video: bool = False
     """write a video of the first episode of each evaluation to videos/"""
     record_demos: str | None = None
@@ -268,6 +269,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             env.render()
         except Exception as error:  # every renderer fails in its own way
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            sys.unraisablehook = lambda *_: None  # gymnasium's half-made viewer complains when it goes
             fail(f"--capture-video: {env_id} cannot be rendered here with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({reason})")
     space = env.observation_space
     if isinstance(space, gym.spaces.Dict) and all(isinstance(part, gym.spaces.Box) for part in space.values()):
@@ -612,7 +614,7 @@ class Log:
 
             wandb.init(project="hybrid-irl", name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
         self.writer = SummaryWriter(str(run_dir), purge_step=env_steps or None)
-        self.bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", smoothing=0.02, dynamic_ncols=True)
+        self.bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def add(self, metrics: dict[str, torch.Tensor | float]) -> None:
         """Adds to the means that the next row will show."""
@@ -763,8 +765,8 @@ def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> di
 
 
 def load_policy(path: str) -> dict:
-    """The policy in a policy.pt or checkpoint.pt."""
-    content = read_torch_file(Path(path))
+    """The policy in a policy.pt, a checkpoint.pt, or a run folder."""
+    content = read_torch_file(Path(path) / "policy.pt" if Path(path).is_dir() else Path(path))
     content = content.get("policy", content)
     if not {"actor", "env_id", "obs_dim", "act_dim", "hidden_sizes"} <= content.keys():
         fail(f"--checkpoint {path}: holds no policy")
@@ -801,6 +803,7 @@ class StopSignal:
         if self.received:
             raise SystemExit(128 + number)
         self.received = number
+        os.write(2, f"\n{SCRIPT}: stopping after this step, which may take a minute; once more to stop without saving\n".encode())
 
 
 # ---------------------------------------------------------------------------------------------- demonstrations

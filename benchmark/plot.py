@@ -70,7 +70,7 @@ def table(script: str) -> str:
     ]
     for (env_id, variant), paths in runs(script).items():
         steps, returns, expert, minutes = curve(paths)
-        point, last = iqm(returns)[0], returns[:, -10:].mean(1)
+        point, last = np.array([metrics.aggregate_iqm(at) for at in returns.T]), returns[:, -10:].mean(1)
         reached = steps[point >= 0.9 * expert]
         first = f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
         has_expert = np.isfinite(expert)
@@ -102,7 +102,7 @@ def picture(script: str) -> None:
         rows = theirs.get(env_id.rpartition("-")[0], [])
         if rows:  # each relative to its own expert; their step counts on both axes
             share = [float(row["return"]) / float(row["expert"]) for row in rows]
-            end = max(ax.get_xlim()[1], float(rows[0]["real_k_steps"]))
+            end = max(ax.get_xlim()[1], 1.5 * float(rows[0]["real_k_steps"]))
             ax.plot([float(row["counted_k_steps"]) for row in rows], share, "k--", lw=1, label="published, steps as counted there")
             ax.plot([float(row["real_k_steps"]) for row in rows], share, "k:", lw=1, label="published, upper bound of all steps")
             ax.axhline(float(rows[0]["bc"]) / float(rows[0]["expert"]), color="grey", lw=0.8, ls="-.", label="published behaviour cloning")
@@ -120,10 +120,11 @@ def main() -> None:
             about = json.loads(path.with_suffix(".json").read_text())["args"]
             assert re.sub("[/:]", "-", about["env_id"]) == path.parent.name, f"{path}: its settings are of {about['env_id']}"
         picture(script)
+        lines = table(script)
         for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
             mark = re.compile(rf"(<!-- results {script} -->\n).*?(<!-- end -->)", re.S)
-            page.write_text(mark.sub(rf"\g<1>{table(script)}\n\2", page.read_text()))
-        print(f"{script}\n{table(script)}")
+            page.write_text(mark.sub(rf"\g<1>{lines}\n\2", page.read_text()))
+        print(f"{script}\n{lines}")
 
 
 if __name__ == "__main__":
