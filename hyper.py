@@ -25,8 +25,9 @@ each adversarial cost, and needs few real steps.
 
     python hyper.py --env-id Ant-v4
 
-What to expect, after how many real steps, in how many minutes: docs/hyper.md. --help shows the defaults of the --env-id
-and --preset that stand beside it.
+With ten demonstrations, on one core with --compile --bf16: Hopper-v4 99% of the expert's return after 8,000 real steps (8
+minutes), 100% over the last ten evaluations of 40,000 (41 minutes); Ant-v4 90% after 15,000 (20 minutes), 92% over the last
+ten of 80,000 (106 minutes). More in docs/hyper.md. --help shows the defaults of the --env-id and --preset beside it.
 """
 
 import contextlib
