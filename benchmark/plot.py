@@ -63,27 +63,26 @@ def published(script: str) -> dict[str, list[dict[str, str]]]:
 
 
 def table(script: str) -> str:
-    lines = [
-        "| environment | variant | seeds | expert | steps to 90% | last ten evaluations, each seed | of the expert | "
-        "published at as many real steps, as many counted | minutes a run |",
-        "|" + "---|" * 9,
-    ]
-    for (env_id, variant), paths in runs(script).items():
-        steps, returns, expert, minutes = curve(paths)
-        point, last = np.array([metrics.aggregate_iqm(at) for at in returns.T]), returns[:, -10:].mean(1)
-        reached = steps[point >= 0.9 * expert]
-        first = f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
-        has_expert = np.isfinite(expert)
-        theirs = []
-        for column in ("real_k_steps", "counted_k_steps"):  # their last evaluation until then, relative to their expert
-            until = [row for row in published(script).get(env_id.rpartition("-")[0], []) if float(row[column]) <= steps[-1] / 1_000]
-            theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "none yet")
-        lines.append(
-            f"| {env_id} | {variant} | {len(paths)} | {f'{expert:.0f}' if has_expert else '-'} | {first if has_expert else '-'} | "
-            f"{', '.join(f'{x:.0f}' for x in last)} | {f'{100 * last.mean() / expert:.0f}%' if has_expert else '-'} | "
-            f"{', '.join(theirs)} | {minutes:.0f} |"
-        )
-    return "\n".join(lines)
+    """Markdown rows, one for each environment and variant; without demonstrations, without the columns about them."""
+    found = {key: curve(paths) for key, paths in runs(script).items()}
+    imitates = any(np.isfinite(expert) for *_, expert, _ in found.values())
+    head = ["environment", "variant", "seeds", "env steps", "last ten evaluations, each seed", "minutes a run"]
+    if imitates:
+        head += ["expert", "of the expert", "steps to 90%", "published at as many real steps, as many counted"]
+    lines = [head, ["---"] * len(head)]
+    for (env_id, variant), (steps, returns, expert, minutes) in found.items():
+        last = returns[:, -10:].mean(1)
+        row = [env_id, variant, f"{len(returns)}", f"{steps[-1]:,}", ", ".join(f"{x:.0f}" for x in last), f"{minutes:.0f}"]
+        if imitates:
+            reached = steps[np.array([metrics.aggregate_iqm(at) for at in returns.T]) >= 0.9 * expert]
+            theirs = []
+            for column in ("real_k_steps", "counted_k_steps"):  # their last evaluation until then, relative to their expert
+                until = [r for r in published(script).get(env_id.rpartition("-")[0], []) if float(r[column]) <= steps[-1] / 1_000]
+                theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "none yet")
+            first = f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
+            row += [f"{expert:.0f}", f"{100 * last.mean() / expert:.0f}%", first, ", ".join(theirs)]
+        lines.append(row)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def picture(script: str) -> None:
@@ -107,8 +106,10 @@ def picture(script: str) -> None:
             ax.plot([float(row["real_k_steps"]) for row in rows], share, "k:", lw=1, label="published, upper bound of all steps")
             ax.axhline(float(rows[0]["bc"]) / float(rows[0]["expert"]), color="grey", lw=0.8, ls="-.", label="published behaviour cloning")
             ax.set_xlim(0, max(end, 1.5 * float(rows[min(4, len(rows) - 1)]["counted_k_steps"])))
-        ax.axhline(1, color="grey", lw=0.8)
-        ax.set(title=env_id, xlabel="thousand env steps", ylabel="return / expert's", ylim=(-0.1, 1.15))
+        ax.set(title=env_id, xlabel="thousand env steps", ylabel="return")
+        if np.isfinite(expert):
+            ax.axhline(1, color="grey", lw=0.8)
+            ax.set(ylabel="return / expert's", ylim=(-0.1, 1.15))
         ax.legend(fontsize=6, loc="lower right")
     figure.savefig(ROOT / "docs" / f"{script}.png", dpi=130)
     plt.close(figure)

@@ -38,7 +38,7 @@ WRONG = [
     (sac, ["--env-id", P + "Blind-v0", "--capture-video"], r"--capture-video: .*Blind-v0 cannot be rendered .*OSError: no display"),
     (sac, [*POINT, "--capture-video"], r"tests.pointmass:PointMass-v0: .*render_mode"),
     (sac, [*HOPPER, "--resume", "no/such/run"], r"no/such/run: not a run folder of sac.py"),
-    (hyper, ["--env-id", "Swimmer-v4"], r"Swimmer-v4.npz: no such file; give --demos PATH \(bundled demonstrations: Ant-v4, HalfCheetah-v4, Hopper-v4"),
+    (hyper, ["--env-id", "Swimmer-v4"], r"Swimmer-v4.npz: no such file; give --demos PATH \(bundled demonstrations: Ant-v4, Half"),
     (hyper, [*HOPPER, "--num-demos", "11"], r"has 10 trajectories, --num-demos asks for 11"),
     (hyper, [*HOPPER, "--num-demos", "0"], r"--num-demos must be positive, got 0"),
     (hyper, [*HOPPER, "--demos", str(ROOT / "demos/Ant-v4.npz")], r"has 11-dim observations, the file has 27: recorded on Ant-v4\?"),
