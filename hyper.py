@@ -112,6 +112,8 @@ class Args:
     # Policy
     hidden_sizes: tuple[int, ...] = (128, 128)
     """widths of the hidden layers of actor and critics (paper: 1,024; Hopper 512)"""
+    normalise_obs: bool = True
+    """actor and critics see standardised observations, by the expert's and the first learner ones (not in the paper)"""
     critic_layer_norm: bool = True
     """normalise the critics' hidden layers, which calms them at many updates a step (not in the paper)"""
     batch_size: int = 256
@@ -264,7 +266,7 @@ _PAPER = dict(
     actor_average=0, model_lr=3e-4, model_every=125, model_first_batches=0, model_max_batches=0, hybrid_size=150_000, start_coin="call",
     rollouts_per_step=400, rollout_schedule=(20, 100, 1, 25), rollout_retain=1, cost_loss="moment",
     cost_data="rollout", cost_every=1_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_normalise=False,
-    cost_gp_target=0.4, cost_members=7, critic_layer_norm=False, checkpoint_every=200_000,
+    cost_gp_target=0.4, cost_members=7, critic_layer_norm=False, normalise_obs=False, checkpoint_every=200_000,
 )  # fmt: skip
 _PAPER_HOPPER = dict(hidden_sizes=(512, 512), updates_per_step=30, alpha=1.0, target_entropy=1.0, model_hidden_sizes=(400,) * 4)
 _PAPER_WALKER = dict(
@@ -282,9 +284,10 @@ _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42
 )  # fmt: skip
 _ANT = dict(
     actor_lr=1e-4, actor_average=5_000, bc_weight=1_000.0, reset_every=250, rollout_schedule=(0, 1, 1, 1), rollout_noise=False,
+    normalise_obs=False,
 )  # fmt: skip
 PRESETS: dict[str, dict[str, dict]] = {
-    "default": {f"Hopper-v{v}": dict(total_timesteps=40_000) for v in (4, 5)} | {f"Ant-v{v}": _ANT for v in (4, 5)},
+    "default": {f"Hopper-v{v}": dict(total_timesteps=40_000, normalise_obs=False) for v in (4, 5)} | {f"Ant-v{v}": _ANT for v in (4, 5)},
     "paper": {"*": _PAPER}
     | {f"Hopper-v{v}": _PAPER_HOPPER for v in (4, 5)}
     | {f"Walker2d-v{v}": _PAPER_WALKER for v in (4, 5)}
@@ -709,16 +712,37 @@ class StackedMLP(nn.Module):
             return self.output(x.to(self.output.weight.dtype))
 
 
+class Normaliser(nn.Module):
+    """Standardises each of `dim` inputs; the identity until it is fitted."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, *sources: torch.Tensor) -> None:
+        """Mean and standard deviation over sources [n, dim], each of which counts the same; inputs that hardly vary are only centred."""
+        sources = [source.double() for source in sources]
+        mean = torch.stack([source.mean(0) for source in sources]).mean(0)
+        std = torch.stack([(source - mean).square().mean(0) for source in sources]).mean(0).sqrt()
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std < 1e-6, 1.0, std))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) / self.std
+
+
 class Actor(nn.Module):
     """Tanh-Gaussian policy over actions in [-1, 1]. The noise is an argument, so that a gradient step is a pure function."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
+        self.normalise = Normaliser(obs_dim)
         self.net = StackedMLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
 
     def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Action [batch, act] and its log-probability [batch] at obs [batch, obs], from standard normal noise [batch, act]."""
-        mean, log_std = self.net(obs[None])[0].chunk(2, -1)
+        mean, log_std = self.net(self.normalise(obs)[None])[0].chunk(2, -1)
         log_std = log_std.clamp(-20, 2)
         raw = mean + log_std.exp() * noise
         log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
@@ -728,10 +752,10 @@ class Actor(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """Action [act] at obs [obs]: sampled with a generator, deterministic (the mean) without."""
-        device = next(self.parameters()).device
-        mean, log_std = self.net(torch.as_tensor(obs, dtype=torch.float32, device=device)[None, None])[0, 0].chunk(2, -1)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.normalise.mean.device)
+        mean, log_std = self.net(self.normalise(obs)[None, None])[0, 0].chunk(2, -1)
         if generator is not None:
-            mean = mean + log_std.clamp(-20, 2).exp() * torch.randn(mean.shape, generator=generator, device=device)
+            mean = mean + log_std.clamp(-20, 2).exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
         return mean.tanh().cpu().numpy()
 
 
@@ -740,11 +764,12 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...], layer_norm: bool = False):
         super().__init__()
+        self.normalise = Normaliser(obs_dim)
         self.net = StackedMLP(2, [obs_dim + act_dim, *hidden_sizes, 1], layer_norm=layer_norm)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Q [2, batch] of obs [batch, obs] and action [batch, act]."""
-        return self.net(torch.cat([obs, action], -1).expand(2, -1, -1)).squeeze(-1)
+        return self.net(torch.cat([self.normalise(obs), action], -1).expand(2, -1, -1)).squeeze(-1)
 
 
 class Adam(nn.Module):
@@ -867,24 +892,11 @@ class Cost(nn.Module):
         self.net = StackedMLP(args.cost_members, [obs_dim + act_dim, 256, 256, 1])
         self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
         self.bf16 = args.bf16  # of the reward alone: the gradient penalty stays float32
-        self.register_buffer("input_mean", torch.zeros(obs_dim + act_dim))
-        self.register_buffer("input_std", torch.ones(obs_dim + act_dim))
+        self.normalise = Normaliser(obs_dim + act_dim)
         for layer in (*self.net.hidden, self.net.output):
             for weight in layer.weight.detach():
                 nn.init.orthogonal_(weight)
             nn.init.uniform_(layer.bias, -(layer.weight.shape[1] ** -0.5), layer.weight.shape[1] ** -0.5)
-
-    def set_normaliser(self, expert: torch.Tensor, learner: torch.Tensor) -> None:
-        """Mean and standard deviation of inputs [n, obs + act], half of them the expert's and half the learner's."""
-        expert, learner = expert.double(), learner.double()
-        mean = (expert.mean(0) + learner.mean(0)) / 2
-        std = (((expert - mean).square().mean(0) + (learner - mean).square().mean(0)) / 2).sqrt()
-        self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where(std < 1e-6, 1.0, std))
-
-    def normalise(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the networks and the gradient penalty see of inputs [..., obs + act]."""
-        return (inputs - self.input_mean) / self.input_std
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Cost [batch] of normalised inputs [batch, obs + act]."""
@@ -909,17 +921,15 @@ class LearnedTermination(nn.Module):
         super().__init__()
         self.net = StackedMLP(1, [obs_dim, 64, 64, 1])
         self.optimizer = Adam(self.net.parameters(), 1e-3)
-        self.register_buffer("mean", torch.zeros(obs_dim))
-        self.register_buffer("std", torch.ones(obs_dim))
+        self.normalise = Normaliser(obs_dim)
 
     def forward(self, next_obs: torch.Tensor) -> torch.Tensor:
         """Logit [batch] of next_obs [batch, obs]."""
-        return self.net(((next_obs - self.mean) / self.std)[None])[0, :, 0]
+        return self.net(self.normalise(next_obs)[None])[0, :, 0]
 
     def fit(self, batch: Batch, steps: int, generator: torch.Generator) -> None:
         """Logistic regression on the transitions `batch` [n, ...], in minibatches of 256."""
-        self.mean.copy_(batch.next_obs.mean(0))
-        self.std.copy_(batch.next_obs.std(0).clamp(min=1e-6))
+        self.normalise.fit(batch.next_obs)
         for _ in range(steps):
             index = torch.randint(len(batch.obs), (256,), generator=generator, device=batch.obs.device)
             loss = F.binary_cross_entropy_with_logits(self(batch.next_obs[index]), batch.terminated[index])
@@ -1360,7 +1370,8 @@ def train(args: Args) -> dict:
     cost_optimizer = Adam(cost.parameters(), args.cost_lr, args.cost_weight_decay, optimistic=args.cost_restart).to(device)
     expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D_E
     expert.extend(expert_rows)
-    real = ReplayBuffer(args.total_train_steps or args.total_timesteps, obs_dim, act_dim, device)  # D_pi
+    limit = min(args.total_train_steps or args.total_timesteps, args.total_timesteps)
+    real = ReplayBuffer(limit, obs_dim, act_dim, device)  # D_pi
     hybrid = ReplayBuffer(args.hybrid_size or 1, obs_dim, act_dim, device)  # D_hyb, if it is a queue of its own
     if args.hybrid_size:
         hybrid.extend(expert_rows)
@@ -1384,7 +1395,7 @@ def train(args: Args) -> dict:
     log = parts["log"] = Log(run_dir, args, counters["env_steps"])
     if args.resume:
         restore(checkpoint, parts)
-        real.resize(args.total_train_steps or args.total_timesteps)  # the run may have become longer
+        real.resize(limit)  # the run may have become longer
     else:
         env.reset()
     stop, obs = StopSignal(), env.obs
@@ -1403,6 +1414,14 @@ def train(args: Args) -> dict:
         log.row(env_steps, counters["updates"], evaluation, expert_return)
         policy = policy_content(average_actor, env, args, env_steps)
         write_atomically(run_dir / "policy.pt", lambda file: torch.save(policy, file))
+
+    def fit_normalisers() -> None:
+        sources = [buffer.newest(len(buffer)) for buffer in (expert, real)]
+        if args.cost_normalise:
+            cost.normalise.fit(*(rows[:, : obs_dim + act_dim] for rows in sources))
+        if args.normalise_obs:
+            for network in (agent.actor, average_actor, agent.critic, agent.target_critic):
+                network.normalise.fit(*(rows[:, :obs_dim] for rows in sources))
 
     def fit_and_imagine() -> None:
         first = not len(imagined)
@@ -1515,11 +1534,11 @@ def train(args: Args) -> dict:
             obs = env.reset()
 
         if steps >= 0:
+            if steps == 0:
+                fit_normalisers()
             if steps % args.model_every == 0:
                 fit_and_imagine()
             lr_share = 1 / (1 + steps / args.lr_decay) if args.lr_decay else 1.0
-            if steps == 0 and args.cost_normalise:
-                cost.set_normaliser(*(buffer.newest(len(buffer))[:, : obs_dim + act_dim] for buffer in (expert, real)))
             if steps % args.update_every == 0:
                 update_policy(lr_share)
             if steps and steps % args.cost_every == 0:

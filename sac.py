@@ -431,16 +431,37 @@ class StackedMLP(nn.Module):
             return self.output(x.to(self.output.weight.dtype))
 
 
+class Normaliser(nn.Module):
+    """Standardises each of `dim` inputs; the identity until it is fitted."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def fit(self, *sources: torch.Tensor) -> None:
+        """Mean and standard deviation over sources [n, dim], each of which counts the same; inputs that hardly vary are only centred."""
+        sources = [source.double() for source in sources]
+        mean = torch.stack([source.mean(0) for source in sources]).mean(0)
+        std = torch.stack([(source - mean).square().mean(0) for source in sources]).mean(0).sqrt()
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std < 1e-6, 1.0, std))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) / self.std
+
+
 class Actor(nn.Module):
     """Tanh-Gaussian policy over actions in [-1, 1]. The noise is an argument, so that a gradient step is a pure function."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
+        self.normalise = Normaliser(obs_dim)
         self.net = StackedMLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
 
     def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Action [batch, act] and its log-probability [batch] at obs [batch, obs], from standard normal noise [batch, act]."""
-        mean, log_std = self.net(obs[None])[0].chunk(2, -1)
+        mean, log_std = self.net(self.normalise(obs)[None])[0].chunk(2, -1)
         log_std = log_std.clamp(-20, 2)
         raw = mean + log_std.exp() * noise
         log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
@@ -450,10 +471,10 @@ class Actor(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, generator: torch.Generator | None = None) -> np.ndarray:
         """Action [act] at obs [obs]: sampled with a generator, deterministic (the mean) without."""
-        device = next(self.parameters()).device
-        mean, log_std = self.net(torch.as_tensor(obs, dtype=torch.float32, device=device)[None, None])[0, 0].chunk(2, -1)
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=self.normalise.mean.device)
+        mean, log_std = self.net(self.normalise(obs)[None, None])[0, 0].chunk(2, -1)
         if generator is not None:
-            mean = mean + log_std.clamp(-20, 2).exp() * torch.randn(mean.shape, generator=generator, device=device)
+            mean = mean + log_std.clamp(-20, 2).exp() * torch.randn(mean.shape, generator=generator, device=mean.device)
         return mean.tanh().cpu().numpy()
 
 
@@ -462,11 +483,12 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...], layer_norm: bool = False):
         super().__init__()
+        self.normalise = Normaliser(obs_dim)
         self.net = StackedMLP(2, [obs_dim + act_dim, *hidden_sizes, 1], layer_norm=layer_norm)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Q [2, batch] of obs [batch, obs] and action [batch, act]."""
-        return self.net(torch.cat([obs, action], -1).expand(2, -1, -1)).squeeze(-1)
+        return self.net(torch.cat([self.normalise(obs), action], -1).expand(2, -1, -1)).squeeze(-1)
 
 
 class Adam(nn.Module):
@@ -807,6 +829,13 @@ class StopSignal:
 
 
 # ---------------------------------------------------------------------------------------------- demonstrations
+def is_mujoco(env: gym.Env) -> bool:
+    """Whether MuJoCo's own bindings simulate the environment, so that `simulator_state` works."""
+    import mujoco
+
+    return isinstance(getattr(env.unwrapped, "model", None), mujoco.MjModel)
+
+
 def simulator_state(env: gym.Env) -> np.ndarray:
     """MuJoCo's integration state [k], in double precision: positions, velocities, and what warm-starts the solver."""
     import mujoco
@@ -826,7 +855,7 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
     rescaled, limit = rescaling(env), env.spec.max_episode_steps
     env = ResumableEnv(env, [args.seed, 2])
     episodes, kept_returns, all_returns, data = 0, [], [], getattr(env.unwrapped, "data", None)
-    has_state = hasattr(data, "qpos") and hasattr(data, "qvel")
+    has_joints, has_state = hasattr(data, "qpos") and hasattr(data, "qvel"), is_mujoco(env)
     columns: dict[str, list] = {}
     states: list[np.ndarray] = []
     with tqdm(total=args.record_episodes, unit="episode", dynamic_ncols=True) as bar:
@@ -839,10 +868,10 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
             while not done:
                 action = actor.act(obs)
                 step = dict(observations=obs, actions=rescaled.action(action))
-                if has_state:
+                if has_joints:
                     step.update(qpos=data.qpos.copy(), qvel=data.qvel.copy())
-                    if len(env.executed) % STATE_EVERY == 0:
-                        episode_states.append(simulator_state(env))
+                if has_state and len(env.executed) % STATE_EVERY == 0:
+                    episode_states.append(simulator_state(env))
                 next_obs, reward, terminated, truncated, _ = env.step(action)
                 step.update(rewards=reward, next_observations=next_obs, terminations=terminated, truncations=truncated)
                 for name, value in step.items():

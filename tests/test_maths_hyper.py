@@ -98,11 +98,30 @@ def test_reward_becomes_higher_on_expert_rows_and_relabelling_follows(loss):
 def test_the_cost_sees_standardised_inputs_whatever_the_numbers_of_transitions():
     cost = hyper.Cost(2, 1, TINY)
     expert, learner = torch.randn(50, 3) * torch.tensor([0.1, 1, 9]) + 4, torch.randn(500, 3)
-    cost.set_normaliser(expert, learner)
+    cost.normalise.fit(expert, learner)
     seen = torch.cat([expert.repeat(10, 1), learner])  # as many of each
     torch.testing.assert_close(cost.normalise(seen).mean(0), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(cost.normalise(seen).std(0), torch.ones(3), atol=1e-2, rtol=0)
     assert torch.equal(cost.reward(seen[:, :2], seen[:, 2:]), torch.nn.functional.softplus(-cost(cost.normalise(seen))).clamp(max=10))
+
+
+def test_actor_and_critics_see_standardised_observations_and_raw_actions():
+    torch.manual_seed(0)
+    agent, obs, action, noise = hyper.Agent(3, 2, TINY), 5 + 9 * torch.randn(50, 3), torch.rand(50, 2), torch.randn(50, 2)
+    raw = agent.actor(obs, noise), agent.critic(obs, action), agent.actor.act(obs[0].numpy())
+    for network in (agent.actor, agent.critic):
+        torch.testing.assert_close(network.normalise(obs), obs)  # nothing before a fit
+        network.normalise.fit(obs)
+    outside = obs * obs.std(0, correction=0) + obs.mean(0)  # standardised, it is obs again
+    torch.testing.assert_close(agent.actor(outside, noise), raw[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(agent.critic(outside, action), raw[1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(agent.actor.act(outside[0].numpy()), raw[2], atol=1e-4)
+
+
+def test_a_constant_input_is_only_centred():
+    normalise = hyper.Normaliser(2)
+    normalise.fit(torch.tensor([[3.0, 1.0], [3.0, 2.0]]))
+    torch.testing.assert_close(normalise(torch.tensor([[3.0, 1.0]])), torch.tensor([[0.0, -1.0]]))
 
 
 def test_reward_in_bfloat16_is_close_and_only_with_its_flag():

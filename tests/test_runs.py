@@ -231,6 +231,22 @@ def test_a_batch_is_relabelled_with_the_current_cost(tmp_path, hyper_point, monk
     assert len(checked) == 82 and np.std(checked) > 0.01  # the cost did change
 
 
+@pytest.mark.parametrize("flag", ["--normalise-obs", "--no-normalise-obs"])
+def test_the_policy_file_holds_its_normaliser_of_expert_and_warm_up(flag, tmp_path, hyper_point, demos):
+    run(hyper, [*hyper_point, flag, "--initial-steps", "40", "--total-timesteps", "70", "--run-dir", tmp_path])
+    checkpoint = hyper.read_checkpoint(tmp_path)
+    expert = torch.as_tensor(np.load(demos)["observations"])[:200]  # four trajectories
+    sources = [expert, checkpoint["parts"]["real"]["rows"][:40, :4]]
+    mean = torch.stack([source.mean(0) for source in sources]).mean(0)
+    std = torch.stack([(source - mean).square().mean(0) for source in sources]).mean(0).sqrt()
+    if flag != "--normalise-obs":
+        mean, std = torch.zeros(4), torch.ones(4)
+    agent, saved = checkpoint["parts"]["agent"], hyper.load_policy(str(tmp_path))["actor"]
+    for weights, prefix in ((saved, ""), *((agent, f"{name}.") for name in ("actor", "critic", "target_critic"))):
+        torch.testing.assert_close(weights[f"{prefix}normalise.mean"], mean)
+        torch.testing.assert_close(weights[f"{prefix}normalise.std"], std)
+
+
 def test_rollouts_lengthen_with_the_epochs_and_their_buffer_with_them(tmp_path, hyper_point, monkeypatch):
     calls, capacities, resize = watch(monkeypatch, "imagine"), [], hyper.ReplayBuffer.resize
     monkeypatch.setattr(hyper, "sac_update", lambda *_: {"losses/critic": torch.tensor(0.0)})
