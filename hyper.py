@@ -283,13 +283,13 @@ _PAPER_HUMANOID = dict(  # target entropy -17 of actions in [-0.4, 0.4] is -1.42
     update_every=2, lr_sawtooth=10_000, model_hidden_sizes=(400,) * 4, rollout_schedule=(20, 300, 1, 25), p_tremble=0.025,
 )  # fmt: skip
 _CLONES = dict(actor_average=5_000, bc_weight=1_000.0, rollout_schedule=(0, 1, 1, 1), rollout_noise=False)
-_LIES = dict(**_CLONES, reset_every=250)  # it may fall on its back, which terminates nothing
-_ANT = dict(**_LIES, actor_lr=1e-4, normalise_obs=False)
+_FLIPS = dict(**_CLONES, reset_every=250)  # it may land on its back, which terminates nothing
+_ANT = dict(**_FLIPS, actor_lr=1e-4, normalise_obs=False)
 _HOPPER = dict(total_timesteps=40_000, normalise_obs=False)
 PRESETS: dict[str, dict[str, dict]] = {
     "default": {f"Hopper-v{v}": _HOPPER for v in (4, 5)}
     | {f"Walker2d-v{v}": _CLONES for v in (4, 5)}
-    | {f"HalfCheetah-v{v}": _LIES for v in (4, 5)}
+    | {f"HalfCheetah-v{v}": _FLIPS for v in (4, 5)}
     | {f"Ant-v{v}": _ANT for v in (4, 5)},
     "paper": {"*": _PAPER}
     | {f"Hopper-v{v}": _PAPER_HOPPER for v in (4, 5)}
@@ -1310,6 +1310,8 @@ def load_policy(path: str) -> dict:
     content = content.get("policy", content)
     if not {"actor", "env_id", "obs_dim", "act_dim", "hidden_sizes"} <= content.keys():
         fail(f"--checkpoint {path}: holds no policy")
+    if "normalise.mean" not in content["actor"]:
+        fail(f"--checkpoint {path}: was written by an older version of {SCRIPT}")
     return content
 
 

@@ -792,6 +792,8 @@ def load_policy(path: str) -> dict:
     content = content.get("policy", content)
     if not {"actor", "env_id", "obs_dim", "act_dim", "hidden_sizes"} <= content.keys():
         fail(f"--checkpoint {path}: holds no policy")
+    if "normalise.mean" not in content["actor"]:
+        fail(f"--checkpoint {path}: was written by an older version of {SCRIPT}")
     return content
 
 
@@ -855,7 +857,8 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
     rescaled, limit = rescaling(env), env.spec.max_episode_steps
     env = ResumableEnv(env, [args.seed, 2])
     episodes, kept_returns, all_returns, data = 0, [], [], getattr(env.unwrapped, "data", None)
-    has_joints, has_state = hasattr(data, "qpos") and hasattr(data, "qvel"), is_mujoco(env)
+    has_joints = hasattr(data, "qpos") and hasattr(data, "qvel")
+    has_state = has_joints and is_mujoco(env)
     columns: dict[str, list] = {}
     states: list[np.ndarray] = []
     with tqdm(total=args.record_episodes, unit="episode", dynamic_ncols=True) as bar:

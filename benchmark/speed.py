@@ -413,6 +413,7 @@ def whole_hyper(turn: Turn, robot: str, mode: str) -> None:
         if not ("compile" in mode and attribute in ("sac_update", "dynamics_update", "cost_update")):
             setattr(owner, attribute, timed(part, getattr(owner, attribute)))
     flags = ["--env-id", f"{robot}-v4", "--run-dir", scratch(), "--checkpoint-every", "0", "--total-timesteps", "1000000"]
+    flags += ["--no-normalise-obs"]  # written the usual way, actor and critics have no normaliser
     flags += [flag for flag in ("--compile", "--bf16") if flag[2:] in mode]
     hyper.train(hyper.parse_args([*flags, "--device", device()]))
 

@@ -1,5 +1,6 @@
 """The test suite's own environment: a point pushed towards the origin. `--env-id tests.pointmass:PointMass-v0`."""
 
+from types import SimpleNamespace
 from typing import ClassVar
 
 import gymnasium as gym
@@ -25,6 +26,20 @@ class PointMass(gym.Env):
         self.state = np.concatenate([position + 0.5 * velocity, velocity])
         distance = float(np.linalg.norm(self.state[:2]))
         return self.state.copy(), 1 - distance, bool((np.abs(self.state[:2]) > 2).any()), False, {"success": distance < 0.2}
+
+
+class Jointed(PointMass):
+    """With joints, of a simulator that is not MuJoCo's own (as in Brax or Isaac)."""
+
+    model = "foreign"
+
+    def __init__(self):
+        self.data = SimpleNamespace(qpos=np.zeros(2), qvel=np.zeros(2))
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "state":
+            self.data.qpos[:], self.data.qvel[:] = value[:2], value[2:]
 
 
 class Discrete(PointMass):
@@ -54,7 +69,7 @@ def Rescaled():
     return gym.wrappers.RescaleAction(PointMass(), np.float32(-1), np.float32(1))
 
 
-for env in (PointMass, Discrete, Unbounded, Image, Blind, Rescaled):
+for env in (PointMass, Jointed, Discrete, Unbounded, Image, Blind, Rescaled):
     gym.register(f"{env.__name__}-v0", entry_point=env, max_episode_steps=50)
 
 

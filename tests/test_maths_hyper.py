@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import gymnasium as gym
 import numpy as np
@@ -121,7 +121,7 @@ def test_actor_and_critics_see_standardised_observations_and_raw_actions():
 def test_a_constant_input_is_only_centred():
     normalise = hyper.Normaliser(2)
     normalise.fit(torch.tensor([[3.0, 1.0], [3.0, 2.0]]))
-    torch.testing.assert_close(normalise(torch.tensor([[3.0, 1.0]])), torch.tensor([[0.0, -1.0]]))
+    torch.testing.assert_close(normalise(torch.tensor([[4.0, 1.0]])), torch.tensor([[1.0, -1.0]]))
 
 
 def test_reward_in_bfloat16_is_close_and_only_with_its_flag():
@@ -568,13 +568,29 @@ def test_paper_preset_is_the_published_table():
         model_every=125, model_patience=10, model_first_batches=0, model_max_batches=0, model_data="hybrid", hybrid_size=150_000,
         expert_start_prob=0.5, start_coin="call", rollout_noise=True, rollouts_per_step=400, rollout_retain=1, pessimism_coef=0,
         cost_loss="moment", cost_data="rollout", cost_episodes=4, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True,
-        cost_normalise=False, cost_gp_weight=10, cost_gp_target=0.4, cost_members=7, cost_reduce="min",
+        normalise_obs=False, cost_normalise=False, cost_gp_weight=10, cost_gp_target=0.4, cost_members=7, cost_reduce="min",
     )  # fmt: skip
     for robot, row in table.items():
         for v in (4, 5):
             args = hyper.parse_args(["--env-id", f"{robot}-v{v}", "--preset", "paper"])
             for name, value in [*zip(columns.split(), row, strict=True), *common.items()]:
                 assert getattr(args, name) == value, (robot, name)
+
+
+def test_default_preset_is_the_documented_table():
+    cloning = dict(actor_average=5_000, bc_weight=1_000, rollout_schedule=(0, 1, 1, 1), rollout_noise=False)
+    own = {
+        "Hopper": dict(total_timesteps=40_000, normalise_obs=False),
+        "Walker2d": cloning,
+        "HalfCheetah": cloning | dict(reset_every=250),
+        "Ant": cloning | dict(reset_every=250, actor_lr=1e-4, normalise_obs=False),
+        "Swimmer": {},
+    }
+    for robot, values in own.items():
+        for v in (4, 5):
+            args = hyper.parse_args(["--env-id", f"{robot}-v{v}", "--demos", "demos/Hopper-v4.npz"])
+            expected = asdict(hyper.Args(env_id=f"{robot}-v{v}", demos="demos/Hopper-v4.npz", **values))
+            assert asdict(args) == expected, robot
 
 
 def test_entropy_target_in_environment_units_equals_ours():

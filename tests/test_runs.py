@@ -231,20 +231,30 @@ def test_a_batch_is_relabelled_with_the_current_cost(tmp_path, hyper_point, monk
     assert len(checked) == 82 and np.std(checked) > 0.01  # the cost did change
 
 
-@pytest.mark.parametrize("flag", ["--normalise-obs", "--no-normalise-obs"])
-def test_the_policy_file_holds_its_normaliser_of_expert_and_warm_up(flag, tmp_path, hyper_point, demos):
-    run(hyper, [*hyper_point, flag, "--initial-steps", "40", "--total-timesteps", "70", "--run-dir", tmp_path])
-    checkpoint = hyper.read_checkpoint(tmp_path)
-    expert = torch.as_tensor(np.load(demos)["observations"])[:200]  # four trajectories
-    sources = [expert, checkpoint["parts"]["real"]["rows"][:40, :4]]
+@pytest.mark.parametrize("flags", [["--normalise-obs", "--no-cost-normalise"], ["--no-normalise-obs", "--cost-normalise"]])
+def test_normalisers_are_of_expert_and_warm_up_from_the_first_update_on(flags, tmp_path, hyper_point, demos, monkeypatch):
+    seen, imagine = [], hyper.imagine
+
+    def first(dynamics, actor, *rest):
+        seen.append(actor.normalise.mean.clone())
+        return imagine(dynamics, actor, *rest)
+
+    monkeypatch.setattr(hyper, "imagine", first)
+    run(hyper, [*hyper_point, *flags, "--initial-steps", "40", "--total-timesteps", "70", "--run-dir", tmp_path])
+    checkpoint, data = hyper.read_checkpoint(tmp_path), np.load(demos)
+    expert = hyper.load_demos(demos, POINT[1], hyper.make_env(POINT[1]), 4)[0][:, :6]
+    assert len(expert) == 200 and np.array_equal(expert[:, :4], data["observations"][:200])
+    sources = [expert, checkpoint["parts"]["real"]["rows"][:40, :6]]
     mean = torch.stack([source.mean(0) for source in sources]).mean(0)
     std = torch.stack([(source - mean).square().mean(0) for source in sources]).mean(0).sqrt()
-    if flag != "--normalise-obs":
-        mean, std = torch.zeros(4), torch.ones(4)
-    agent, saved = checkpoint["parts"]["agent"], hyper.load_policy(str(tmp_path))["actor"]
+    none, policy = (torch.zeros(6), torch.ones(6)), "--normalise-obs" in flags
+    agent, cost, saved = checkpoint["parts"]["agent"], checkpoint["parts"]["cost"], hyper.load_policy(str(tmp_path))["actor"]
     for weights, prefix in ((saved, ""), *((agent, f"{name}.") for name in ("actor", "critic", "target_critic"))):
-        torch.testing.assert_close(weights[f"{prefix}normalise.mean"], mean)
-        torch.testing.assert_close(weights[f"{prefix}normalise.std"], std)
+        for name, value in zip(("mean", "std"), (mean, std) if policy else none, strict=True):
+            torch.testing.assert_close(weights[f"{prefix}normalise.{name}"], value[:4])
+    torch.testing.assert_close(seen[0], (mean if policy else none[0])[:4])
+    for name, value in zip(("mean", "std"), none if policy else (mean, std), strict=True):
+        torch.testing.assert_close(cost[f"normalise.{name}"], value)
 
 
 def test_rollouts_lengthen_with_the_epochs_and_their_buffer_with_them(tmp_path, hyper_point, monkeypatch):
@@ -457,6 +467,14 @@ def test_eval_only_record_and_imitate(tmp_path):
     actor.load_state_dict(policy["actor"])
     np.testing.assert_allclose(actor.act(data["observations"][7]), batch_rows[7, 4:6], atol=1e-5)
     np.testing.assert_allclose(2 * actor.act(data["observations"][7]), data["actions"][7], atol=1e-5)
+
+
+def test_a_simulator_that_is_not_mujocos_own_gives_joints_but_no_states(tmp_path):
+    args = sac.parse_args([*TINY_SAC, "--env-id", "tests.pointmass:Jointed-v0", "--record-episodes", "2"])
+    sac.record_demos(tmp_path / "d.npz", sac.Actor(4, 2, (16, 16)), args, {})
+    data = np.load(tmp_path / "d.npz")
+    assert data["qpos"].shape == data["qvel"].shape == (100, 2) and "states" not in data
+    np.testing.assert_allclose(data["qpos"], data["observations"][:, :2], atol=1e-6)
 
 
 def test_recorded_states_put_the_simulator_back_exactly(tmp_path):
