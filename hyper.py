@@ -524,7 +524,7 @@ def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int) -> tuple[
     if not len(ends) or ends[-1] != len(data["rewards"]):
         fail(f"{where} the last row must end an episode (terminations or truncations 1)")
     if len(ends) < num_demos:
-        fail(f"{where} has {len(ends)} trajectories, --num-demos asks for {num_demos}")
+        fail(f"{where} has {len(ends)} trajectories, --num-demos asks for {num_demos}; give --num-demos {len(ends)}")
     n = ends[num_demos - 1]
     actions = 2 * (data["actions"][:n] - low) / (high - low) - 1
     columns = [
@@ -1431,7 +1431,7 @@ def train(args: Args) -> dict:
     def fit_and_imagine() -> None:
         first = not len(imagined)
         if first:
-            log.bar.set_description("fitting the model")
+            log.bar.set_description("first model fit, a minute or two")
         sources = [real] if args.model_data == "learner" else [hybrid] if args.hybrid_size else [real, expert]
         rows = torch.cat([buffer.newest(len(buffer)) for buffer in sources])
         weights = torch.cat([torch.full((len(buffer),), 1 / len(buffer), device=device) for buffer in sources])

@@ -68,7 +68,7 @@ def table(script: str) -> str:
     imitates = any(np.isfinite(expert) for *_, expert, _ in found.values())
     head = ["environment", "variant", "seeds", "env steps", "last ten evaluations, each seed", "minutes a run"]
     if imitates:
-        head += ["expert", "of the expert", "steps to 90%", "published at as many real steps, as many counted"]
+        head += ["expert", "of the expert", "mean of seeds first at 90%", "paper, as many real steps", "paper, as many counted"]
     lines = [head, ["---"] * len(head)]
     for (env_id, variant), (steps, returns, expert, minutes) in found.items():
         last = returns[:, -10:].mean(1)
@@ -78,9 +78,9 @@ def table(script: str) -> str:
             theirs = []
             for column in ("real_k_steps", "counted_k_steps"):  # their last evaluation until then, relative to their expert
                 until = [r for r in published(script).get(env_id.rpartition("-")[0], []) if float(r[column]) <= steps[-1] / 1_000]
-                theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "none yet")
+                theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "-")
             first = f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
-            row += [f"{expert:.0f}", f"{100 * last.mean() / expert:.0f}%", first, ", ".join(theirs)]
+            row += [f"{expert:.0f}", f"{100 * last.mean() / expert:.0f}%", first, *theirs]
         lines.append(row)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
