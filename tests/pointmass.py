@@ -29,7 +29,7 @@ class PointMass(gym.Env):
 
 
 class Jointed(PointMass):
-    """With joints, of a simulator that is not MuJoCo's own (as in Brax or Isaac)."""
+    """With joints, of a simulator that is not MuJoCo's own."""
 
     model = "foreign"
 

@@ -178,6 +178,14 @@ def test_a_broken_policy_file(content, capsys, tmp_path):
     assert f"{path}: not a readable checkpoint (" in line and "weights_only" not in line
 
 
+def test_a_policy_of_an_older_version(finished, capsys, tmp_path):
+    policy = torch.load(finished / "policy.pt", weights_only=True)
+    del policy["actor"]["normalise.mean"]
+    torch.save(policy, tmp_path / "policy.pt")
+    line = complaint(sac, ["--eval-only", "--checkpoint", str(tmp_path / "policy.pt")], capsys, tmp_path)
+    assert "written by an older version of sac.py" in line
+
+
 def test_an_action_that_is_not_finite_never_reaches_the_simulator(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sac.Actor, "act", lambda self, obs, generator=None: np.full(2, np.nan, np.float32))
     monkeypatch.setattr(sac, "evaluate", lambda *a, **k: dict(eval_return_mean=0.0))
