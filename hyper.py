@@ -28,7 +28,7 @@ each adversarial cost, and needs few real steps.
 With ten demonstrations, on one core with --compile --bf16: Hopper-v4 99% of the expert's return after 8,000 real steps (8
 minutes), 100% over the last ten evaluations of 40,000 (41 minutes); Ant-v4 first 90% after 15,000 (20 minutes), 92% over the
 last ten of 80,000 (106 minutes); one seed each, HalfCheetah-v4 first 90% after 2,000 (2 minutes), 96% over the last ten of
-100,000 (126 minutes), Walker2d-v4 4,000 (4), 91% of 94,000 (118). More in docs/hyper.md. --help shows the defaults of the
+100,000 (126 minutes), Walker2d-v4 4,000 (4), 91% (126). More in docs/hyper.md. --help shows the defaults of the
 --env-id and --preset beside it.
 """
 
