@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r benchmark/requirements.txt && python benchmark/speed.py
 
 Every contender is a process of its own with one thread, pinned to one core where the system can. Contenders of a table take
-turns of about half a second, 15 times, so that what else the machine does hits all of them; the numbers are medians.
+turns of about a fifth of a second, 40 times, so that what else the machine does hits all of them; the numbers are medians.
 Writes benchmark/results/speed/<device>.json and, where docs/speed.md has `<!-- speed <device> -->`, what stands from there to
 `<!-- end -->`.
 """
@@ -193,9 +193,10 @@ def matrix_products(turn: Turn, robot: str, width: int) -> None:
         products.extend([(y, w.transpose(1, 2), torch.empty_like(x))] * inputs)
         products.extend([(x.transpose(1, 2), y, torch.empty_like(w))] * weights)
 
-    critic, actor = [obs_dim + act_dim, width, width, 1], [obs_dim, width, width, 2 * act_dim]
+    critic, actor = [obs_dim + act_dim, width, width], [obs_dim, width, width, 2 * act_dim]
     for layer in range(3):  # critics: target, value, actor's loss; gradients of weights once, of inputs twice (once for the first layer)
-        add(2, critic[layer], critic[layer + 1], 3, 2 if layer else 1, 1)
+        if layer < 2:  # the critics' single outputs are no matrix products
+            add(2, critic[layer], critic[layer + 1], 3, 2 if layer else 1, 1)
         add(1, actor[layer], actor[layer + 1], 2, 1 if layer else 0, 1)
 
     def step() -> None:
@@ -363,7 +364,7 @@ PARTS = {
 
 
 def whole_hyper(turn: Turn, robot: str, mode: str) -> None:
-    """1,000 env steps of hyper.py at the default preset, evaluation left out; reports the seconds of its parts.
+    """250 env steps of hyper.py at the default preset, with one model fit, evaluation left out; reports the seconds of its parts.
 
     mode "usual": the same loop with separate critics and ensemble members, and torch.optim (replay, cost and rollout stay ours;
     layer norm and cloning are left out, so it does less than ours).
@@ -412,7 +413,18 @@ def whole_hyper(turn: Turn, robot: str, mode: str) -> None:
         owner = getattr(hyper, owner) if owner else hyper
         if not ("compile" in mode and attribute in ("sac_update", "dynamics_update", "cost_update")):
             setattr(owner, attribute, timed(part, getattr(owner, attribute)))
-    flags = ["--env-id", f"{robot}-v4", "--run-dir", scratch(), "--checkpoint-every", "0", "--total-timesteps", "1000000"]
+    flags = [
+        "--env-id",
+        f"{robot}-v4",
+        "--run-dir",
+        scratch(),
+        "--checkpoint-every",
+        "0",
+        "--total-timesteps",
+        "1000000",
+        "--eval-every",
+        "250",
+    ]
     flags += ["--no-normalise-obs"]  # written the usual way, actor and critics have no normaliser
     flags += [flag for flag in ("--compile", "--bf16") if flag[2:] in mode]
     hyper.train(hyper.parse_args([*flags, "--device", device()]))
@@ -558,7 +570,7 @@ class Contender:
         self.warm_up = self.wait()
         for _ in range(skip):
             self.warm_up += self.go(every)
-        self.n = every or max(1, round(0.5 / (self.go(20) / 20)))
+        self.n = every or max(1, round(0.2 / (self.go(20) / 20)))
         self.seconds, self.parts = [], []
 
     def wait(self) -> float:
@@ -615,20 +627,20 @@ def contests(which: str) -> dict[str, tuple[list[dict], int]]:
                 dict(name="SBX (JAX)", function="sac_library", library="sbx", **about),
                 dict(name="usual PyTorch", function="sac_usual", **about),
                 dict(name="its matrix products alone, float32", function="matrix_products", **about),
-            ], 15  # fmt: skip
+            ], 40  # fmt: skip
     for width in (200, 400):
         about = dict(robot="Ant", width=width)
         found[f"ensemble minibatch, Ant, 7 members of 4 x {width}"] = [
             *(dict(name=name, function="ensemble_ours", mode=mode, **about) for name, mode in OURS.items()),
             dict(name="usual PyTorch", function="ensemble_usual", **about),
-        ], 15  # fmt: skip
+        ], 40  # fmt: skip
     about = dict(robot="Ant", width=200)
     found["10,000 imagined steps, Ant"] = [
         dict(name="ours", function="rollouts_ours", **about), dict(name="usual PyTorch", function="rollouts_usual", **about)
-    ], 15  # fmt: skip
+    ], 40  # fmt: skip
     found["replay sample of 256, Ant"] = [
         dict(name="ours", function="replay_ours", robot="Ant"), dict(name="stable-baselines3", function="replay_library", robot="Ant")
-    ], 15  # fmt: skip
+    ], 40  # fmt: skip
     found["SAC with the environment, Hopper, 2 x 256, an env step"] = [
         *(dict(name=name, function="whole_sac", every=1_000, skip=2, robot="Hopper", mode=mode) for name, mode in OURS.items()),
         *(dict(name=name, function="whole_library", every=1_000, robot="Hopper", library=library)
@@ -636,9 +648,9 @@ def contests(which: str) -> dict[str, tuple[list[dict], int]]:
     ], 3  # fmt: skip
     for robot in SIZES:
         found[f"hyper.py, {robot}, default preset, an env step"] = [
-            dict(name=name, function="whole_hyper", every=1_000, skip=2, robot=robot, mode=mode)
+            dict(name=name, function="whole_hyper", every=250, skip=5, robot=robot, mode=mode)
             for name, mode in {**OURS, "usual PyTorch": "usual"}.items()
-        ], 3  # fmt: skip
+        ], 6  # fmt: skip
     return {title: contest for title, contest in found.items() if re.search(which, title)}
 
 
