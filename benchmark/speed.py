@@ -539,7 +539,11 @@ def worker(function: str, arguments: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    if not re.search("usual|library", function + arguments):  # what our scripts do when they start
+        import sac
+
+        torch.set_flush_denormal(True)
+        sac.keep_freed_memory()
     channel, sys.stdout = sys.stdout, sys.stderr
     started = time.perf_counter()
 

@@ -264,7 +264,7 @@ def test_nll_gradient_against_finite_differences():
             flat[index] -= 2 * step
             down = nll().item()
             flat[index] += step
-        assert grad.view(-1)[index].item() == pytest.approx((up - down) / (2 * step), rel=2e-3, abs=1e-5)
+        assert grad.flatten()[index].item() == pytest.approx((up - down) / (2 * step), rel=2e-3, abs=1e-5)
 
 
 def fit_and_watch(n=200, weights=None, **settings):

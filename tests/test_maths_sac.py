@@ -2,6 +2,9 @@
 
 import copy
 import math
+import platform
+import subprocess
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -28,6 +31,42 @@ def test_log_prob_is_the_density_of_the_squashed_gaussian():
     squashed = torch.distributions.TransformedDistribution(normal, torch.distributions.transforms.TanhTransform())
     torch.testing.assert_close(log_prob, squashed.log_prob(action).sum(-1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.from_numpy(agent.actor.act(batch.obs[0].numpy())), mean[0].tanh())
+
+
+@pytest.mark.parametrize("fan_out", [1, 3, 20])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_stacked_linear_is_a_linear_layer_a_member(fan_out, bf16):
+    """Values and gradients, in each of the forms that StackedLinear chooses from."""
+    torch.manual_seed(0)
+    layer, x = sac.StackedLinear(2, 5, fan_out), torch.randn(2, 7, 5, requires_grad=True)
+    torch.nn.init.normal_(layer.bias)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        ours = layer(x).float()
+    theirs = torch.stack([F.linear(x[i], layer.weight[i].T, layer.bias[i, 0]) for i in range(2)])
+    close = dict(rtol=0.05, atol=0.1) if bf16 else dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, **close)
+    pull, wanted = torch.randn_like(ours), (x, layer.weight, layer.bias)
+    ours, theirs = (torch.autograd.grad((y * pull).sum(), wanted) for y in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, **close)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept():
+    """Tensors of the same size again and again get new pages from the system, unless the setting is made."""
+    code = """
+import resource, torch, sac
+if {}: sac.keep_freed_memory()
+def page_faults():
+    for _ in range(100):
+        tensors = [torch.ones(300_000) for _ in range(5)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(-page_faults() + page_faults())
+"""
+    without, kept = (
+        int(subprocess.run([sys.executable, "-c", code.format(keep)], capture_output=True, text=True, check=True).stdout)
+        for keep in (False, True)
+    )
+    assert kept < 100 < 10_000 < without
 
 
 def test_optimistic_adam_by_hand():
