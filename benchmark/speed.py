@@ -10,6 +10,7 @@ Writes benchmark/results/speed/<device>.json and, where docs/speed.md has `<!-- 
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -106,25 +107,28 @@ def sac_library(turn: Turn, robot: str, width: int, library: str) -> None:
     repeat(turn, lambda: model.train(gradient_steps=1, batch_size=BATCH))
 
 
-def usual_agent(obs_dim: int, act_dim: int, widths: tuple[int, ...]):
+def usual_agent(obs_dim: int, act_dim: int, args):
     """Actor, two critics, their targets and Adam optimisers, as most single-file implementations have them."""
     import torch
     import torch.nn as nn
     import torch.nn.functional as F
 
-    def mlp(sizes: list[int]) -> nn.Sequential:
-        layers = [part for i in range(len(sizes) - 1) for part in (nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU())]
-        return nn.Sequential(*layers[:-1])
+    def mlp(sizes: list[int], layer_norm: bool = False) -> nn.Sequential:
+        layers = []
+        for fan_in, fan_out in itertools.pairwise(sizes[:-1]):
+            layers += [nn.Linear(fan_in, fan_out), *([nn.LayerNorm(fan_out, elementwise_affine=False)] if layer_norm else []), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(*sizes[-2:]))
 
     class Agent:
         def __init__(self):
-            self.net = mlp([obs_dim, *widths, 2 * act_dim]).to(device())
-            self.q1, self.q2 = (mlp([obs_dim + act_dim, *widths, 1]).to(device()) for _ in range(2))
+            self.net = mlp([obs_dim, *args.hidden_sizes, 2 * act_dim]).to(device())
+            sizes = [obs_dim + act_dim, *args.hidden_sizes, 1]
+            self.q1, self.q2 = (mlp(sizes, args.critic_layer_norm).to(device()) for _ in range(2))
             self.q1_target, self.q2_target = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
-            self.log_alpha = torch.zeros(1, requires_grad=True, device=device())
-            self.q_optimizer = torch.optim.Adam([*self.q1.parameters(), *self.q2.parameters()], 1e-3)
-            self.actor_optimizer = torch.optim.Adam(self.net.parameters(), 3e-4)
-            self.alpha_optimizer = torch.optim.Adam([self.log_alpha], 1e-3)
+            self.log_alpha = torch.full((1,), math.log(args.alpha), requires_grad=True, device=device())
+            self.q_optimizer = torch.optim.Adam([*self.q1.parameters(), *self.q2.parameters()], args.critic_lr)
+            self.actor_optimizer = torch.optim.Adam(self.net.parameters(), args.actor_lr)
+            self.alpha_optimizer = torch.optim.Adam([self.log_alpha], args.alpha_lr)
 
         def act(self, obs):
             mean, log_std = self.net(obs).chunk(2, -1)
@@ -134,7 +138,7 @@ def usual_agent(obs_dim: int, act_dim: int, widths: tuple[int, ...]):
             log_prob = normal.log_prob(raw) - torch.log(1 - action.pow(2) + 1e-6)
             return action, log_prob.sum(1, keepdim=True)
 
-        def update(self, obs, action, next_obs, reward, done) -> None:
+        def update(self, obs, action, next_obs, reward, done, experts=None) -> None:
             alpha = self.log_alpha.exp().detach()
             with torch.no_grad():
                 next_action, next_log_prob = self.act(next_obs)
@@ -150,6 +154,9 @@ def usual_agent(obs_dim: int, act_dim: int, widths: tuple[int, ...]):
             new_action, log_prob = self.act(obs)
             x = torch.cat([obs, new_action], 1)
             actor_loss = (alpha * log_prob - torch.min(self.q1(x), self.q2(x))).mean()
+            if experts is not None and args.bc_weight:  # hyper.py's cloning term
+                mean, _ = self.net(obs[experts]).chunk(2, -1)
+                actor_loss = actor_loss + args.bc_weight * F.mse_loss(torch.tanh(mean), action[experts])
             self.actor_optimizer.zero_grad()
             actor_loss.backward()
             self.actor_optimizer.step()
@@ -165,12 +172,14 @@ def usual_agent(obs_dim: int, act_dim: int, widths: tuple[int, ...]):
     return Agent()
 
 
-def sac_usual(turn: Turn, robot: str, width: int) -> None:
+def sac_usual(turn: Turn, robot: str, width: int, settings: str = "usual") -> None:
     import numpy as np
     import torch
 
     (obs_dim, act_dim), rng = SIZES[robot], np.random.default_rng(1)
-    agent = usual_agent(obs_dim, act_dim, (width, width))
+    import sac
+
+    agent = usual_agent(obs_dim, act_dim, sac.Args(hidden_sizes=(width, width)))
     arrays = [rng.standard_normal((10_000, n), np.float32) for n in (obs_dim, act_dim, obs_dim, 1)] + [np.zeros((10_000, 1), np.float32)]
     arrays[1] = np.tanh(arrays[1])
 
@@ -182,13 +191,18 @@ def sac_usual(turn: Turn, robot: str, width: int) -> None:
 
 
 def matrix_products(turn: Turn, robot: str, width: int) -> None:
-    """The matrix products of a SAC gradient step and nothing else: the limit of any float32 implementation."""
+    """The matrix products of our SAC gradient step in float32, in the forms that StackedLinear chooses, and nothing else."""
     import torch
 
     (obs_dim, act_dim), products = SIZES[robot], []
 
     def add(n: int, fan_in: int, fan_out: int, forward: int, inputs: int, weights: int) -> None:
         x, w, y = (torch.randn(n, *shape, device=device()) for shape in ((BATCH, fan_in), (fan_in, fan_out), (BATCH, fan_out)))
+        if fan_out < 16:  # all transposed
+            products.extend([(w.mT, x.mT, torch.empty_like(y.mT))] * forward)
+            products.extend([(w, y.mT.contiguous(), torch.empty_like(x.mT))] * inputs)
+            products.extend([(y.mT.contiguous(), x, torch.empty_like(w.mT))] * weights)
+            return
         products.extend([(x, w, torch.empty_like(y))] * forward)
         products.extend([(y, w.transpose(1, 2), torch.empty_like(x))] * inputs)
         products.extend([(x.transpose(1, 2), y, torch.empty_like(w))] * weights)
@@ -285,11 +299,11 @@ def rollouts_ours(turn: Turn, robot: str, width: int) -> None:
 
 
 def rollouts_usual(turn: Turn, robot: str, width: int) -> None:
-    """The same with every member evaluated everywhere and one picked for each row."""
+    """The same with every elite evaluated on every row and one picked for each."""
     import torch
 
     members, _ = usual_ensemble(*SIZES[robot], hyper_args(width)[1])
-    agent, start = usual_agent(*SIZES[robot], (128, 128)), torch.randn(10_000, SIZES[robot][0], device=device())
+    agent, start = usual_agent(*SIZES[robot], hyper_args(width)[1]), torch.randn(10_000, SIZES[robot][0], device=device())
 
     @torch.no_grad()
     def step() -> None:
@@ -366,8 +380,7 @@ PARTS = {
 def whole_hyper(turn: Turn, robot: str, mode: str) -> None:
     """250 env steps of hyper.py at the default preset, with one model fit, evaluation left out; reports the seconds of its parts.
 
-    mode "usual": the same loop with separate critics and ensemble members, and torch.optim (replay, cost and rollout stay ours;
-    layer norm and cloning are left out, so it does less than ours).
+    mode "usual": the same loop with separate critics and ensemble members, and torch.optim (replay, cost and rollout stay ours).
     """
     import torch
 
@@ -378,6 +391,8 @@ def whole_hyper(turn: Turn, robot: str, mode: str) -> None:
 
     def switch(to: str | None) -> None:
         nonlocal last
+        if device() == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
         spent[running[-1]] += now - last
         last = now
@@ -413,18 +428,7 @@ def whole_hyper(turn: Turn, robot: str, mode: str) -> None:
         owner = getattr(hyper, owner) if owner else hyper
         if not ("compile" in mode and attribute in ("sac_update", "dynamics_update", "cost_update")):
             setattr(owner, attribute, timed(part, getattr(owner, attribute)))
-    flags = [
-        "--env-id",
-        f"{robot}-v4",
-        "--run-dir",
-        scratch(),
-        "--checkpoint-every",
-        "0",
-        "--total-timesteps",
-        "1000000",
-        "--eval-every",
-        "250",
-    ]
+    flags = f"--env-id {robot}-v4 --run-dir {scratch()} --checkpoint-every 0 --total-timesteps 1000000 --eval-every 250".split()
     flags += ["--no-normalise-obs"]  # written the usual way, actor and critics have no normaliser
     flags += [flag for flag in ("--compile", "--bf16") if flag[2:] in mode]
     hyper.train(hyper.parse_args([*flags, "--device", device()]))
@@ -438,7 +442,7 @@ def write_the_usual_way(hyper) -> None:
     class Agent(nn.Module):
         def __init__(self, obs_dim, act_dim, args):
             super().__init__()
-            self.usual = usual_agent(obs_dim, act_dim, args.hidden_sizes)
+            self.usual = usual_agent(obs_dim, act_dim, args)
             self.actor = Actor(self.usual, act_dim)
             self.actor_optimizer = self.critic_optimizer = Lr()
 
@@ -498,7 +502,7 @@ def write_the_usual_way(hyper) -> None:
 
     def sac_update(agent, batch, actor_obs, noise, args, experts):
         reward, terminated = batch.reward[:, None], batch.terminated[:, None]
-        agent.usual.update(batch.obs, batch.action, batch.next_obs, reward, terminated)
+        agent.usual.update(batch.obs, batch.action, batch.next_obs, reward, terminated, experts)
         return {}
 
     def dynamics_update(dynamics, optimizer, inputs, targets, args):
@@ -512,7 +516,7 @@ def write_the_usual_way(hyper) -> None:
 
 # ---------------------------------------------------------------------------------------------- turns
 def device() -> str:
-    return os.environ["SPEED_DEVICE"]
+    return os.environ.get("SPEED_DEVICE", "cpu")
 
 
 def scratch() -> str:
@@ -539,7 +543,7 @@ def worker(function: str, arguments: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if not re.search("usual|library", function + arguments):  # what our scripts do when they start
+    if not re.search("usual|library", function + arguments) or "our settings" in arguments:  # what our scripts do when they start
         import sac
 
         torch.set_flush_denormal(True)
@@ -566,7 +570,9 @@ class Contender:
     def __init__(self, name: str, function: str, every: int = 0, skip: int = 0, **arguments):
         self.name, self.every, self.seconds, self.parts = name, every, [], []
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        one |= dict(XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1", JAX_PLATFORMS="", MUJOCO_GL="disabled")
+        one |= dict(
+            XLA_FLAGS="--xla_cpu_multi_thread_eigen=false", XLA_PYTHON_CLIENT_PREALLOCATE="false", JAX_PLATFORMS="", MUJOCO_GL="disabled"
+        )
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, "--worker", function, json.dumps(arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **one},
@@ -616,6 +622,7 @@ def contest(title: str, contenders: list[dict], rounds: int) -> dict:
     return results
 
 
+OTHERS = ("stable-baselines3", "SBX (JAX)", "usual PyTorch", "one network after the other", "every elite on every row")
 OURS = {"ours": "eager", "ours --compile": "compile", "ours --compile --bf16": "compile bf16"}
 
 
@@ -630,17 +637,18 @@ def contests(which: str) -> dict[str, tuple[list[dict], int]]:
                 dict(name="stable-baselines3", function="sac_library", library="sb3", **about),
                 dict(name="SBX (JAX)", function="sac_library", library="sbx", **about),
                 dict(name="usual PyTorch", function="sac_usual", **about),
+                dict(name="the same, freed memory kept", function="sac_usual", settings="our settings", **about),
                 dict(name="its matrix products alone, float32", function="matrix_products", **about),
             ], 40  # fmt: skip
     for width in (200, 400):
         about = dict(robot="Ant", width=width)
         found[f"ensemble minibatch, Ant, 7 members of 4 x {width}"] = [
             *(dict(name=name, function="ensemble_ours", mode=mode, **about) for name, mode in OURS.items()),
-            dict(name="usual PyTorch", function="ensemble_usual", **about),
+            dict(name="one network after the other", function="ensemble_usual", **about),
         ], 40  # fmt: skip
     about = dict(robot="Ant", width=200)
     found["10,000 imagined steps, Ant"] = [
-        dict(name="ours", function="rollouts_ours", **about), dict(name="usual PyTorch", function="rollouts_usual", **about)
+        dict(name="ours", function="rollouts_ours", **about), dict(name="every elite on every row", function="rollouts_usual", **about)
     ], 40  # fmt: skip
     found["replay sample of 256, Ant"] = [
         dict(name="ours", function="replay_ours", robot="Ant"), dict(name="stable-baselines3", function="replay_library", robot="Ant")
@@ -655,26 +663,30 @@ def contests(which: str) -> dict[str, tuple[list[dict], int]]:
             dict(name=name, function="whole_hyper", every=250, skip=5, robot=robot, mode=mode)
             for name, mode in {**OURS, "usual PyTorch": "usual"}.items()
         ], 6  # fmt: skip
+    if device() == "cuda":  # jax from PyPI has no CUDA
+        found = {title: ([c for c in contest if "SBX" not in c["name"]], rounds) for title, (contest, rounds) in found.items()}
     return {title: contest for title, contest in found.items() if re.search(which, title)}
 
 
 # ---------------------------------------------------------------------------------------------- report
 def table(results: dict) -> str:
-    """Markdown of all contests: milliseconds, and how many times faster than the usual way or stable-baselines3."""
+    """Markdown of all contests: milliseconds, and how many times faster than the others."""
     lines = []
-    for title, contest_results in results["contests"].items():
-        names = [name for name in ("stable-baselines3", "SBX (JAX)", "usual PyTorch") if name in contest_results]
-        lines += [f"**{title}**", "", "| | ms | " + " | ".join(f"against {name}" for name in names) + " |"]
-        lines += ["|---|---|" + "---|" * len(names)]
-        for name, result in contest_results.items():
-            ratios = (f"{contest_results[other]['milliseconds'] / result['milliseconds']:.2f}" for other in names)
-            lines.append(f"| {name} | {result['milliseconds']:.3g} | {' | '.join(ratios)} |")
+    for title, result in results.items():
+        contenders = result["contenders"]
+        names = [name for name in OTHERS if name in contenders]
+        lines += [f"**{title}**", "", "| | ms | slowest and fastest turn | " + " | ".join(f"against {name}" for name in names) + " |"]
+        lines += ["|---|---|---|" + "---|" * len(names)]
+        for name, found in contenders.items():
+            ratios = (f"{contenders[other]['milliseconds'] / found['milliseconds']:.2f}" for other in names)
+            fastest, slowest = found["spread"]
+            lines.append(f"| {name} | {found['milliseconds']:.3g} | {slowest:.3g}, {fastest:.3g} | {' | '.join(ratios)} |")
         lines.append("")
-        if any("parts" in result for result in contest_results.values()):
-            parts = list(next(iter(contest_results.values()))["parts"])
+        if any("parts" in found for found in contenders.values()):
+            parts = list(next(iter(contenders.values()))["parts"])
             lines += [f"Its parts, in ms: {title}", "", "| | " + " | ".join(parts) + " |", "|---|" + "---|" * len(parts)]
-            for name, result in contest_results.items():
-                lines.append(f"| {name} | " + " | ".join(f"{result['parts'][part]:.2f}" for part in parts) + " |")
+            for name, found in contenders.items():
+                lines.append(f"| {name} | " + " | ".join(f"{found['parts'][part]:.2f}" for part in parts) + " |")
             lines.append("")
     return "\n".join(lines)
 
@@ -692,14 +704,16 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {options.core})
     path = ROOT / "benchmark" / "results" / "speed" / f"{options.device}.json"
-    results = json.loads(path.read_text()) if path.exists() else dict(contests={})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    packages = ("torch", "stable-baselines3", "sbx-rl", "jax", "numpy", "mujoco", "gymnasium")
+    about = dict(
+        machine=machine(options.device), versions={name: version(name) for name in packages} | dict(python=platform.python_version())
+    )
     for title, (contenders, rounds) in contests(options.only).items():
-        results["contests"][title] = contest(title, contenders, rounds)
-        packages = ("torch", "stable-baselines3", "sbx-rl", "jax", "numpy", "mujoco", "gymnasium")
-        results["versions"] = {name: version(name) for name in packages} | dict(python=platform.python_version())
-        results["machine"] = machine(options.device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        found = contest(title, contenders, rounds)
+        results = json.loads(path.read_text()) if path.exists() else {}  # read late: another process may have measured other tables
+        path.write_text(json.dumps({**results, title: {**about, "contenders": found}}, indent=1) + "\n")
+    results = json.loads(path.read_text())
     page = ROOT / "docs" / "speed.md"
     if page.exists():
         mark = rf"(<!-- speed {options.device} -->\n).*?(<!-- end -->)"
