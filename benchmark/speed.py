@@ -3,7 +3,8 @@
     pip install -r requirements.txt -r benchmark/requirements.txt && python benchmark/speed.py
 
 Every contender is a process of its own with one thread, pinned to one core where the system can. Contenders of a table take
-turns of about a fifth of a second, 40 times, so that what else the machine does hits all of them; the numbers are medians.
+turns of about a fifth of a second, 40 times (whole scripts: longer turns, fewer), so that what else the machine does hits all
+of them; the numbers are medians.
 Writes benchmark/results/speed/<device>.json and, where docs/speed.md has `<!-- speed <device> -->`, what stands from there to
 `<!-- end -->`.
 """
@@ -176,9 +177,9 @@ def sac_usual(turn: Turn, robot: str, width: int, settings: str = "usual") -> No
     import numpy as np
     import torch
 
-    (obs_dim, act_dim), rng = SIZES[robot], np.random.default_rng(1)
     import sac
 
+    (obs_dim, act_dim), rng = SIZES[robot], np.random.default_rng(1)
     agent = usual_agent(obs_dim, act_dim, sac.Args(hidden_sizes=(width, width)))
     arrays = [rng.standard_normal((10_000, n), np.float32) for n in (obs_dim, act_dim, obs_dim, 1)] + [np.zeros((10_000, 1), np.float32)]
     arrays[1] = np.tanh(arrays[1])

@@ -1,5 +1,6 @@
 """That benchmark/speed.py compares like with like."""
 
+import json
 import os
 
 import pytest
@@ -100,3 +101,8 @@ def test_the_usual_sac_learns_the_same(extras, monkeypatch):
     for stacked, networks, lr in pairs:
         assert_together(stacked, networks, 5 * lr)
     assert float(theirs.log_alpha) == pytest.approx(float(ours.log_alpha), abs=0.05 * 5 * args.alpha_lr)
+
+
+def test_the_page_shows_the_committed_numbers():
+    results = json.loads((speed.ROOT / "benchmark" / "results" / "speed" / "cpu.json").read_text())
+    assert speed.table(results) in (speed.ROOT / "docs" / "speed.md").read_text()
