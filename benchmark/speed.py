@@ -191,34 +191,48 @@ def sac_usual(turn: Turn, robot: str, width: int, settings: str = "usual") -> No
     repeat(turn, step)
 
 
-def matrix_products(turn: Turn, robot: str, width: int) -> None:
-    """The matrix products of our SAC gradient step in float32, in the forms that StackedLinear chooses, and nothing else."""
+def products_alone(turn: Turn, products: list[tuple]) -> None:
+    """Matrix products and nothing else, in the forms that StackedLinear chooses.
+
+    `products` holds layers, inputs, outputs, how often forward, gradients of inputs and of weights are computed, and whether in bfloat16.
+    """
     import torch
 
-    (obs_dim, act_dim), products = SIZES[robot], []
-
-    def add(n: int, fan_in: int, fan_out: int, forward: int, inputs: int, weights: int) -> None:
-        x, w, y = (torch.randn(n, *shape, device=device()) for shape in ((BATCH, fan_in), (fan_in, fan_out), (BATCH, fan_out)))
+    todo = []
+    for n, fan_in, fan_out, forward, inputs, weights, bf16 in products:
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        x, w, y = (torch.randn(n, *shape, device=device(), dtype=dtype) for shape in ((BATCH, fan_in), (fan_in, fan_out), (BATCH, fan_out)))
         if fan_out < 16:  # all transposed
-            products.extend([(w.mT, x.mT, torch.empty_like(y.mT))] * forward)
-            products.extend([(w, y.mT.contiguous(), torch.empty_like(x.mT))] * inputs)
-            products.extend([(y.mT.contiguous(), x, torch.empty_like(w.mT))] * weights)
-            return
-        products.extend([(x, w, torch.empty_like(y))] * forward)
-        products.extend([(y, w.transpose(1, 2), torch.empty_like(x))] * inputs)
-        products.extend([(x.transpose(1, 2), y, torch.empty_like(w))] * weights)
-
-    critic, actor = [obs_dim + act_dim, width, width], [obs_dim, width, width, 2 * act_dim]
-    for layer in range(3):  # critics: target, value, actor's loss; gradients of weights once, of inputs twice (once for the first layer)
-        if layer < 2:  # the critics' single outputs are no matrix products
-            add(2, critic[layer], critic[layer + 1], 3, 2 if layer else 1, 1)
-        add(1, actor[layer], actor[layer + 1], 2, 1 if layer else 0, 1)
+            todo += [(w.mT, x.mT, torch.empty_like(y.mT))] * forward
+            todo += [(w, y.mT.contiguous(), torch.empty_like(x.mT))] * inputs
+            todo += [(y.mT.contiguous(), x, torch.empty_like(w.mT))] * weights
+        else:
+            todo += [(x, w, torch.empty_like(y))] * forward
+            todo += [(y, w.mT, torch.empty_like(x))] * inputs
+            todo += [(x.mT, y, torch.empty_like(w))] * weights
 
     def step() -> None:
-        for a, b, out in products:
+        for a, b, out in todo:
             torch.bmm(a, b, out=out)
 
     repeat(turn, step)
+
+
+def sac_products(turn: Turn, robot: str, width: int, bf16: bool) -> None:
+    """Critics: target, value, actor's loss; gradients of weights once, of inputs twice (once for the first layer)."""
+    (obs_dim, act_dim), products = SIZES[robot], []
+    critic, actor = [obs_dim + act_dim, width, width], [obs_dim, width, width, 2 * act_dim]
+    for layer in range(3):
+        if layer < 2:  # the critics' single outputs are no matrix products
+            products.append((2, critic[layer], critic[layer + 1], 3, 2 if layer else 1, 1, bf16))
+        products.append((1, actor[layer], actor[layer + 1], 2, 1 if layer else 0, 1, bf16 and layer < 2))
+    products_alone(turn, products)
+
+
+def ensemble_products(turn: Turn, robot: str, width: int, bf16: bool) -> None:
+    sizes = [sum(SIZES[robot]), *[width] * 4, 2 * SIZES[robot][0]]
+    layers = enumerate(itertools.pairwise(sizes))
+    products_alone(turn, [(7, fan_in, fan_out, 1, 1 if layer else 0, 1, bf16 and layer < 4) for layer, (fan_in, fan_out) in layers])
 
 
 # ---------------------------------------------------------------------------------------------- ensemble, rollouts, replay
@@ -629,6 +643,11 @@ OURS = {"ours": "eager", "ours --compile": "compile", "ours --compile --bf16": "
 
 def contests(which: str) -> dict[str, tuple[list[dict], int]]:
     """Contenders and rounds of every table, by title."""
+
+    def products(function: str, **about) -> list[dict]:
+        dtypes = {"float32": False, "bfloat16": True}
+        return [dict(name=f"its matrix products alone, {name}", function=function, bf16=bf16, **about) for name, bf16 in dtypes.items()]
+
     found = {}
     for width in (256, 1024):
         for robot in SIZES:
@@ -639,13 +658,14 @@ def contests(which: str) -> dict[str, tuple[list[dict], int]]:
                 dict(name="SBX (JAX)", function="sac_library", library="sbx", **about),
                 dict(name="usual PyTorch", function="sac_usual", **about),
                 dict(name="the same, freed memory kept", function="sac_usual", settings="our settings", **about),
-                dict(name="its matrix products alone, float32", function="matrix_products", **about),
+                *products("sac_products", **about),
             ], 40  # fmt: skip
     for width in (200, 400):
         about = dict(robot="Ant", width=width)
         found[f"ensemble minibatch, Ant, 7 members of 4 x {width}"] = [
             *(dict(name=name, function="ensemble_ours", mode=mode, **about) for name, mode in OURS.items()),
             dict(name="one network after the other", function="ensemble_usual", **about),
+            *products("ensemble_products", **about),
         ], 40  # fmt: skip
     about = dict(robot="Ant", width=200)
     found["10,000 imagined steps, Ant"] = [

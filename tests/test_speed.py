@@ -34,7 +34,11 @@ def on_the_cpu(monkeypatch):
 
 @pytest.mark.parametrize("robot", speed.SIZES)
 def test_the_matrix_products_are_those_of_a_gradient_step(robot):
-    assert flops_of(speed.matrix_products, robot=robot, width=32) == flops_of(speed.sac_ours, robot=robot, width=32, mode="eager")
+    for bf16 in (False, True):
+        products = flops_of(speed.sac_products, robot=robot, width=32, bf16=bf16)
+        assert products == flops_of(speed.sac_ours, robot=robot, width=32, mode="eager")
+        products = flops_of(speed.ensemble_products, robot=robot, width=32, bf16=bf16)
+        assert products == flops_of(speed.ensemble_ours, robot=robot, width=32, mode="eager")
 
 
 def test_the_usual_sac_does_the_critics_weight_gradients_once_more():
