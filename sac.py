@@ -380,7 +380,7 @@ class ReplayBuffer:
         """Rows [*shape, width], uniformly with replacement, from the `newest` ones if given."""
         n = min(newest or len(self), len(self))
         index = torch.randint(n, shape, generator=generator, device=self.rows.device)
-        return self.rows[(self.added - n + index) % len(self.rows)]
+        return F.embedding((self.added - n + index) % len(self.rows), self.rows)  # rows[...], three times faster
 
     def resize(self, capacity: int) -> None:
         """Changes the capacity, keeping the newest rows."""
@@ -512,6 +512,7 @@ class Adam(nn.Module):
         self.square = nn.ParameterList([nn.Parameter(torch.zeros_like(p), requires_grad=False) for p in self.params])
         self.register_buffer("lr", torch.tensor(lr))
         self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("scale", torch.zeros(()), persistent=False)
 
     @torch.no_grad()
     def step(self, grads) -> None:
@@ -520,7 +521,9 @@ class Adam(nn.Module):
         if self.weight_decay:
             grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.steps += 1
-        scale = self.lr * torch.sqrt(-torch.expm1(self.steps * math.log(0.999))) / (1 - 0.9**self.steps)
+        # Kept in a buffer, or the compiled loop over the weights computes it again for every 16 of them.
+        scale = self.lr * torch.sqrt(-torch.expm1(self.steps * math.log(0.999))) / (1 - torch.exp(self.steps * math.log(0.9)))
+        self.scale.copy_(scale)
         if self.optimistic:
             torch._foreach_add_(self.params, self._direction(mean, square, scale))
             scale = 2 * scale

@@ -54,7 +54,7 @@ def test_stacked_linear_is_a_linear_layer_a_member(fan_out, bf16):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_is_kept():
-    """Tensors of the same size again and again get new pages from the system, unless the setting is made."""
+    """Where glibc gives large pieces back to the system, tensors of the same size again and again need no new pages."""
     code = """
 import resource, torch, sac
 if {}: sac.keep_freed_memory()
@@ -64,7 +64,8 @@ def page_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print(-page_faults() + page_faults())
 """
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+    env |= dict(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")  # what glibc starts with and may move away from
     without, kept = (
         int(subprocess.check_output([sys.executable, "-c", code.format(keep)], cwd=Path(sac.__file__).parent, env=env))
         for keep in (False, True)
