@@ -351,7 +351,11 @@ def parse_args(argv: list[str]) -> Args:
         return args
     policy = load_policy(args.checkpoint) if args.eval_only and args.checkpoint else {}
     env_id = args.env_id if any(word.startswith("--env-id") for word in argv) else policy.get("env_id", args.env_id)
-    settings = {**PRESETS[args.preset].get("*", {}), **PRESETS[args.preset].get(env_id, {})}
+    settings, algo = {}, getattr(args, "algo", None)
+    for key in ("*", env_id, algo, f"{env_id} {algo}"):
+        settings |= PRESETS[args.preset].get(key, {})
+    if algo:
+        settings["algo"] = algo
     if hasattr(args, "p_tremble") and "p_tremble" in policy.get("args", {}):
         settings["p_tremble"] = policy["args"]["p_tremble"]
     return cli(replace(Args(), env_id=env_id, **settings), argv)
@@ -750,7 +754,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        self.normalise = Normaliser(obs_dim)
+        self.hidden_sizes, self.normalise = tuple(hidden_sizes), Normaliser(obs_dim)
         self.net = StackedMLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
 
     def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -835,7 +839,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
+        self.actor = Actor(obs_dim, act_dim, getattr(args, "actor_hidden", None) or args.hidden_sizes)
         self.critic = Critic(obs_dim, act_dim, args.hidden_sizes, args.critic_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
@@ -954,13 +958,13 @@ class LearnedTermination(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- gradient steps
 def sac_update(
-    agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch.Tensor, args: Args, experts: slice
+    agent: Agent, batch: Batch, actor_obs: torch.Tensor, noise: torch.Tensor, args: Args, expert: Batch, expert_noise: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """One gradient step of critics, actor and temperature (arXiv 1812.05905, eqs. 6, 9, 18).
 
     `batch` has [batch, ...] fields, `actor_obs` [batch, obs] are the states of the actor's and temperature's loss,
-    `noise` [2, batch, act] is standard normal; with bc_weight the actor also clones the batch's rows `experts`.
-    Returns scalars to log.
+    `noise` [2, batch, act] is standard normal; with bc_weight the actor also clones the transitions `expert` [n, ...],
+    by its action for `expert_noise` [n, act] (zero: the mean). Returns scalars to log.
     """
     alpha = agent.log_alpha.detach().exp()
     with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
@@ -976,8 +980,8 @@ def sac_update(
         action, log_prob = agent.actor(actor_obs, noise[1])
         actor_loss = (alpha * log_prob - agent.critic(actor_obs, action).amin(0)).mean()
         if args.bc_weight:
-            cloned, _ = agent.actor(batch.obs[experts], torch.zeros_like(batch.action[experts]))
-            actor_loss = actor_loss + args.bc_weight * F.mse_loss(cloned, batch.action[experts])
+            cloned, _ = agent.actor(expert.obs, expert_noise)
+            actor_loss = actor_loss + args.bc_weight * F.mse_loss(cloned, expert.action)
     agent.actor_optimizer.step(torch.autograd.grad(actor_loss, agent.actor_optimizer.params))
 
     entropy = -log_prob.detach().mean()
@@ -1180,10 +1184,8 @@ class Log:
         check_finite(self.sums, env_steps)
         means = {name: float(total) / self.counts[name] for name, total in sorted(self.sums.items())}
         self.sums, self.counts = {}, {}
-        for name, value in means.items():
-            self.writer.add_scalar(name, value, env_steps)
-        for name, value in evaluation.items():
-            self.writer.add_scalar(name.replace("_", "/", 1), value, env_steps)
+        for name, value in {**means, **{name.replace("_", "/", 1): value for name, value in evaluation.items()}}.items():
+            self.writer.add_scalar(name, value, env_steps or updates)  # cloning takes no env steps
         fixed = dict(env_steps=env_steps, updates=updates, wall_time_s=round(self.wall_time(), 1), **evaluation)
         if self.rows and fixed["wall_time_s"] > self.rows[-1]["wall_time_s"]:
             steps, seconds = (fixed[name] - self.rows[-1][name] for name in ("env_steps", "wall_time_s"))
@@ -1320,7 +1322,7 @@ def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> di
     space = rescaling(env).env.action_space
     return dict(
         script=SCRIPT, env_id=args.env_id, env_steps=env_steps, obs_dim=env.observation_space.shape[0], act_dim=space.shape[0],
-        action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(args.hidden_sizes),
+        action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(actor.hidden_sizes),
         actor={k: v.cpu().clone() for k, v in actor.state_dict().items()}, args=asdict(args),
     )  # fmt: skip
 
@@ -1488,13 +1490,15 @@ def train(args: Args) -> dict:
         # Relabelling: the current cost's reward, whatever was stored; only the pessimism of imagined rows stays.
         batches = batches._replace(reward=batches.reward + cost.reward(batches.obs, batches.action))
         noise = torch.randn(args.updates_per_step, 2, args.batch_size, act_dim, generator=streams["policy"], device=device)
+        no_noise = torch.zeros(shares[expert], act_dim, device=device)
         for u in range(args.updates_per_step):
             share = lr_share
             if args.lr_sawtooth:
                 share *= max(0.0, 1 - counters["updates_since_round"] / args.lr_sawtooth)
             agent.actor_optimizer.lr.fill_(args.actor_lr * share)
             agent.critic_optimizer.lr.fill_(args.critic_lr * share)
-            metrics = update(agent, Batch(*(field[u] for field in batches)), actor_obs[u], noise[u], args, experts)
+            batch = Batch(*(field[u] for field in batches))
+            metrics = update(agent, batch, actor_obs[u], noise[u], args, Batch(*(field[experts] for field in batch)), no_noise)
             counters["updates"] += 1
             counters["updates_since_round"] += 1
             if counters["updates"] % args.target_update_every == 0:

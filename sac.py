@@ -203,7 +203,11 @@ def parse_args(argv: list[str]) -> Args:
         return args
     policy = load_policy(args.checkpoint) if args.eval_only and args.checkpoint else {}
     env_id = args.env_id if any(word.startswith("--env-id") for word in argv) else policy.get("env_id", args.env_id)
-    settings = {**PRESETS[args.preset].get("*", {}), **PRESETS[args.preset].get(env_id, {})}
+    settings, algo = {}, getattr(args, "algo", None)
+    for key in ("*", env_id, algo, f"{env_id} {algo}"):
+        settings |= PRESETS[args.preset].get(key, {})
+    if algo:
+        settings["algo"] = algo
     if hasattr(args, "p_tremble") and "p_tremble" in policy.get("args", {}):
         settings["p_tremble"] = policy["args"]["p_tremble"]
     return cli(replace(Args(), env_id=env_id, **settings), argv)
@@ -464,7 +468,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        self.normalise = Normaliser(obs_dim)
+        self.hidden_sizes, self.normalise = tuple(hidden_sizes), Normaliser(obs_dim)
         self.net = StackedMLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
 
     def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -549,7 +553,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
+        self.actor = Actor(obs_dim, act_dim, getattr(args, "actor_hidden", None) or args.hidden_sizes)
         self.critic = Critic(obs_dim, act_dim, args.hidden_sizes, args.critic_layer_norm)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
@@ -660,10 +664,8 @@ class Log:
         check_finite(self.sums, env_steps)
         means = {name: float(total) / self.counts[name] for name, total in sorted(self.sums.items())}
         self.sums, self.counts = {}, {}
-        for name, value in means.items():
-            self.writer.add_scalar(name, value, env_steps)
-        for name, value in evaluation.items():
-            self.writer.add_scalar(name.replace("_", "/", 1), value, env_steps)
+        for name, value in {**means, **{name.replace("_", "/", 1): value for name, value in evaluation.items()}}.items():
+            self.writer.add_scalar(name, value, env_steps or updates)  # cloning takes no env steps
         fixed = dict(env_steps=env_steps, updates=updates, wall_time_s=round(self.wall_time(), 1), **evaluation)
         if self.rows and fixed["wall_time_s"] > self.rows[-1]["wall_time_s"]:
             steps, seconds = (fixed[name] - self.rows[-1][name] for name in ("env_steps", "wall_time_s"))
@@ -800,7 +802,7 @@ def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> di
     space = rescaling(env).env.action_space
     return dict(
         script=SCRIPT, env_id=args.env_id, env_steps=env_steps, obs_dim=env.observation_space.shape[0], act_dim=space.shape[0],
-        action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(args.hidden_sizes),
+        action_low=space.low.tolist(), action_high=space.high.tolist(), hidden_sizes=list(actor.hidden_sizes),
         actor={k: v.cpu().clone() for k, v in actor.state_dict().items()}, args=asdict(args),
     )  # fmt: skip
 
