@@ -216,7 +216,8 @@ class Args:
 
 
 # Flags on the command line beat these. Keys are env ids, methods, or both; "*" applies always.
-_A, _B = (0.2, 0.2, 300_000, 0.1, 1_000_000), (0.2, 0.1, 200_000, 0.01, 1_000_000)
+_A = (0.2, 0.2, 300_000, 0.1, 1_000_000)
+_B = (0.2, 0.1, 200_000, 0.01, 1_000_000)
 _METHODS = {
     "hype": dict(hybrid_ratio=(0.5,)),
     "filter": dict(reset_prob=0.5),

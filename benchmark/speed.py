@@ -139,7 +139,7 @@ def usual_agent(obs_dim: int, act_dim: int, args):
             log_prob = normal.log_prob(raw) - torch.log(1 - action.pow(2) + 1e-6)
             return action, log_prob.sum(1, keepdim=True)
 
-        def update(self, obs, action, next_obs, reward, done, experts=None) -> None:
+        def update(self, obs, action, next_obs, reward, done, cloned=None) -> None:
             alpha = self.log_alpha.exp().detach()
             with torch.no_grad():
                 next_action, next_log_prob = self.act(next_obs)
@@ -155,9 +155,9 @@ def usual_agent(obs_dim: int, act_dim: int, args):
             new_action, log_prob = self.act(obs)
             x = torch.cat([obs, new_action], 1)
             actor_loss = (alpha * log_prob - torch.min(self.q1(x), self.q2(x))).mean()
-            if experts is not None and args.bc_weight:  # hyper.py's cloning term
-                mean, _ = self.net(obs[experts]).chunk(2, -1)
-                actor_loss = actor_loss + args.bc_weight * F.mse_loss(torch.tanh(mean), action[experts])
+            if cloned is not None and args.bc_weight:  # hyper.py's cloning term
+                mean, _ = self.net(cloned.obs).chunk(2, -1)
+                actor_loss = actor_loss + args.bc_weight * F.mse_loss(torch.tanh(mean), cloned.action)
             self.actor_optimizer.zero_grad()
             actor_loss.backward()
             self.actor_optimizer.step()
@@ -515,9 +515,9 @@ def write_the_usual_way(hyper) -> None:
                 p.grad = grad
             self.optimizer.step()
 
-    def sac_update(agent, batch, actor_obs, noise, args, experts):
+    def sac_update(agent, batch, actor_obs, noise, args, cloned, _):
         reward, terminated = batch.reward[:, None], batch.terminated[:, None]
-        agent.usual.update(batch.obs, batch.action, batch.next_obs, reward, terminated, experts)
+        agent.usual.update(batch.obs, batch.action, batch.next_obs, reward, terminated, cloned)
         return {}
 
     def dynamics_update(dynamics, optimizer, inputs, targets, args):

@@ -15,6 +15,7 @@ TINY = ["--hidden-sizes", "16", "16", "--batch-size", "16", "--eval-episodes", "
 TINY_SAC = [*TINY, "--buffer-size", "1000", "--learning-starts", "60"]
 TINY_HYPER = [*TINY, "--model-hidden-sizes", "16", "16", "--model-every", "30", "--model-first-batches", "20", "--model-max-batches", "5",
               "--initial-steps", "60", "--updates-per-step", "2", "--num-demos", "4", "--rollouts-per-step", "4"]  # fmt: skip
+TINY_HYPE = [*TINY, "--initial-steps", "60", "--num-demos", "4"]
 POINT = ["--env-id", "tests.pointmass:PointMass-v0"]
 
 
@@ -39,6 +40,18 @@ def demos(tmp_path_factory) -> str:
 def hyper_point(demos) -> list[str]:
     """Command line of a tiny HyPER run on the point mass."""
     return [*POINT, *TINY_HYPER, "--demos", demos, "--termination", "tests.pointmass:terminates"]
+
+
+@pytest.fixture
+def hype_point(demos) -> list[str]:
+    """Command line of a tiny HyPE run on the point mass."""
+    return [*POINT, *TINY_HYPE, "--demos", demos]
+
+
+@pytest.fixture
+def argv_of(hyper_point, hype_point):
+    """Command line of a tiny run of a script on the point mass."""
+    return lambda script: dict(hyper=hyper_point, hype=hype_point, sac=[*POINT, *TINY_SAC])[script.__name__]
 
 
 def run(script, argv: list[str]) -> dict:

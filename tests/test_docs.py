@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+import hype
 import hyper
 import sac
-from tests.conftest import POINT, TINY_HYPER, TINY_SAC, run
+from tests.conftest import POINT, TINY_HYPE, TINY_HYPER, TINY_SAC, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "demos" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = dict(sac=sac, hyper=hyper)
+MODULES = dict(sac=sac, hype=hype, hyper=hyper)
 COMMANDS = sorted({
     (page.name, match[1], match[2]) for page in PAGES
     for match in re.finditer(r"(?:python|uv run) (\w+)\.py((?: [^\n`&|#]+)?)", page.read_text())
@@ -27,7 +28,8 @@ def finished(tmp_path_factory, demos):
     def folder(script: str) -> Path:
         if script not in folders:
             folders[script] = tmp_path_factory.mktemp(script)
-            extra = [*TINY_HYPER, "--demos", demos, "--termination", "tests.pointmass:terminates"] if script == "hyper" else TINY_SAC
+            of_hyper = [*TINY_HYPER, "--demos", demos, "--termination", "tests.pointmass:terminates"]
+            extra = dict(sac=TINY_SAC, hype=[*TINY_HYPE, "--demos", demos], hyper=of_hyper)[script]
             run(MODULES[script], [*POINT, *extra, "--total-timesteps", "70", "--run-dir", folders[script]])
         return folders[script]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import hype
 import hyper
 import sac
 from tests import pointmass
@@ -54,6 +55,12 @@ WRONG = [
     (hyper, [*HOPPER, "--termination", "no_such_module:f"], r"--termination no_such_module:f: No module named"),
     (hyper, [*HOPPER, "--cost-reduce", "median"], r"median.*--cost-reduce.*min.*mean.*max"),
     (hyper, [*HOPPER, "--rollout-schedule", "5", "5", "1", "2"], r"--rollout-schedule: epochs must increase"),
+    (hype, [*HOPPER, "--algo", "airl"], r"invalid choice 'airl' for argument '--algo'. Expected one of"),
+    (hype, [*HOPPER, "--hybrid-ratio", "0.2", "0.1"], r"--hybrid-ratio: one share, or r0 r1 t1 r2 t2"),
+    (hype, [*HOPPER, "--hybrid-ratio", "1.2"], r"--hybrid-ratio: .* shares r up to 1"),
+    (hype, [*HOPPER, "--hybrid-ratio", "0.2", "0.1", "9", "0.1", "3"], r"t1 and t2 must increase"),
+    (hype, [*HOPPER, "--total-timesteps", "900"], r"nothing is learned in the first 1000 \(--initial-steps\)"),
+    (hype, [*HOPPER, "--reset-prob", "2"], r"--reset-prob must be between 0 and 1, got 2.0"),
     (hyper, [*POINT], r"demos/tests.pointmass-PointMass-v0.npz"),
 ]  # fmt: skip
 
@@ -241,8 +248,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, capsys, monkeypatch):
     assert (finished / "checkpoint.pt").read_bytes() == before and not list(finished.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("script", [sac, hyper])
-def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, hyper_point, monkeypatch, capsys):
+@pytest.mark.parametrize("script", [sac, hype, hyper])
+def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, argv_of, monkeypatch, capsys):
     """At step 100 the critic's loss turns NaN: the run names it and leaves the checkpoint of step 80."""
     original = script.sac_update
 
@@ -252,8 +259,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, hyper_point, 
 
     poisoned.on = False
     monkeypatch.setattr(script, "sac_update", poisoned)
-    base = hyper_point if script is hyper else [*POINT, *TINY_SAC]
-    run(script, [*base, "--total-timesteps", "80", "--eval-every", "500", "--run-dir", tmp_path])
+    run(script, [*argv_of(script), "--total-timesteps", "80", "--eval-every", "500", "--run-dir", tmp_path])
     good = (tmp_path / "checkpoint.pt").read_bytes()
     poisoned.on = True
     with pytest.raises(SystemExit) as stopped:

@@ -167,6 +167,12 @@ def test_published_cost_steps_follow_the_sign_with_harmonic_size(rounds, lr0, tr
 
 
 # ------------------------------------------------------------------------------------------- policy
+def rows_to_clone(batch: hyper.Batch, start: int, end: int) -> tuple[hyper.Batch, torch.Tensor]:
+    """These rows of a batch, to be cloned by the mean action."""
+    cloned = hyper.Batch(*(field[start:end] for field in batch))
+    return cloned, torch.zeros_like(cloned.action)
+
+
 def test_behaviour_cloning_pulls_the_mean_action_to_the_expert_rows_only():
     torch.manual_seed(0)
     obs, action = torch.randn(64, 3), torch.rand(64, 2) - 0.5
@@ -177,7 +183,7 @@ def test_behaviour_cloning_pulls_the_mean_action_to_the_expert_rows_only():
         torch.manual_seed(1)
         agent = hyper.Agent(3, 2, args)
         for _ in range(300):
-            hyper.sac_update(agent, batch, obs, torch.randn(2, 64, 2), args, slice(16, 48))
+            hyper.sac_update(agent, batch, obs, torch.randn(2, 64, 2), args, *rows_to_clone(batch, 16, 48))
         error = (agent.actor(obs, torch.zeros(64, 2))[0] - action).square().mean(1)
         errors[weight] = error[16:48].mean().item(), torch.cat([error[:16], error[48:]]).mean().item()
     assert errors[1_000.0][0] < 0.01 < 0.05 < errors[0.0][0]
@@ -199,7 +205,7 @@ def test_compiled_steps_agree_with_eager():
         obs, action, noise = torch.randn(32, 3), torch.rand(32, 2) - 0.5, torch.randn(2, 32, 2)
         batch = hyper.Batch(obs, action, torch.randn(32), torch.randn(32, 3), torch.zeros(32))
         for part, update in zip(pairs[0], (hyper.sac_update, update_agent), strict=True):
-            update(part, batch, obs, noise, args, slice(8, 16))
+            update(part, batch, obs, noise, args, *rows_to_clone(batch, 8, 16))
         inputs, targets, mix = torch.randn(7, 32, 5), torch.randn(7, 32, 3), torch.rand(32, 1)
         for part, optimizer, update in zip(pairs[1], optimizers[0], (hyper.dynamics_update, update_dynamics), strict=True):
             update(part, optimizer, inputs, targets, args)
@@ -217,7 +223,7 @@ def test_sac_update_without_cloning_is_the_one_of_sac():
     actor_obs, noise = torch.randn(32, 3), torch.randn(2, 32, 2)
     agent = hyper.Agent(3, 2, TINY)
     other = copy.deepcopy(agent)
-    ours = hyper.sac_update(agent, batch, actor_obs, noise, TINY, slice(0, 0))
+    ours = hyper.sac_update(agent, batch, actor_obs, noise, TINY, *rows_to_clone(batch, 0, 0))
     theirs = sac.sac_update(other, batch, actor_obs, noise, TINY)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert all(torch.equal(p, q) for p, q in zip(agent.parameters(), other.parameters(), strict=True))

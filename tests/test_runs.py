@@ -14,25 +14,22 @@ import numpy as np
 import pytest
 import torch
 
+import hype
 import hyper
 import sac
-from tests.conftest import POINT, TINY_HYPER, TINY_SAC, rows, run
+from tests.conftest import POINT, TINY_HYPE, TINY_HYPER, TINY_SAC, rows, run
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", 3))
 COLUMNS = ["env_steps", "updates", "eval_return_mean", "eval_return_std", "eval_success_rate", "expert_return"]
 
 
-def argv_of(script, hyper_point) -> list[str]:
-    return hyper_point if script is hyper else [*POINT, *TINY_SAC]
-
-
-@pytest.mark.parametrize("script", [sac, hyper])
-def test_run_folder_is_complete(script, tmp_path, hyper_point):
-    last = run(script, [*argv_of(script, hyper_point), "--total-timesteps", "120", "--eval-every", "60", "--run-dir", tmp_path])
+@pytest.mark.parametrize("script", [sac, hype, hyper])
+def test_run_folder_is_complete(script, tmp_path, argv_of):
+    last = run(script, [*argv_of(script), "--total-timesteps", "120", "--eval-every", "60", "--run-dir", tmp_path])
     table = rows(tmp_path)
     assert [int(row["env_steps"]) for row in table] == [0, 60, 120] and set(COLUMNS) <= set(table[0])
-    assert last["env_steps"] == 120 and float(table[-1]["updates"]) == (60 if script is sac else 122)
+    assert last["env_steps"] == 120 and float(table[-1]["updates"]) == {sac: 60, hype: 61, hyper: 122}[script]
     assert 0 <= float(table[-1]["eval_success_rate"]) <= 1
     about = json.loads((tmp_path / "args.json").read_text())
     assert about["args"]["seed"] == 1 and about["versions"]["torch"].startswith("2.13")
@@ -81,9 +78,10 @@ def test_what_a_batch_holds_and_which_step_sizes_it_is_learned_with(tmp_path, hy
     """Learner rows, expert rows, imagined rows, in these shares and in this order; the cloned ones are the expert's."""
     seen, original = [], hyper.sac_update
 
-    def watch(agent, batch, actor_obs, noise, args, experts):
-        seen.append((batch, actor_obs, experts, agent.actor_optimizer.lr.item(), agent.critic_optimizer.lr.item()))
-        return original(agent, batch, actor_obs, noise, args, experts)
+    def watch(agent, batch, actor_obs, noise, args, cloned, cloned_noise):
+        seen.append((batch, actor_obs, cloned, agent.actor_optimizer.lr.item(), agent.critic_optimizer.lr.item()))
+        assert cloned_noise.shape == cloned.action.shape and not cloned_noise.any()
+        return original(agent, batch, actor_obs, noise, args, cloned, cloned_noise)
 
     monkeypatch.setattr(hyper, "sac_update", watch)
     argv = [
@@ -107,10 +105,14 @@ def test_what_a_batch_holds_and_which_step_sizes_it_is_learned_with(tmp_path, hy
     expert = rows_of(hyper.load_demos(demos, POINT[1], hyper.make_env(POINT[1]), 4)[0])
     real = rows_of(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["real"]["rows"])
     assert len(seen) == 2 * 41 and not expert & real  # the first update comes with the last step of the warm-up
-    for number, (batch, actor_obs, experts, actor_lr, critic_lr) in enumerate(seen):
+    for number, (batch, actor_obs, cloned, actor_lr, critic_lr) in enumerate(seen):
         rows = torch.cat([batch.obs, batch.action, batch.next_obs], 1)
-        assert experts == slice(2, 10) and torch.equal(actor_obs, batch.obs)
-        assert rows_of(rows[:2]) <= real and rows_of(rows[experts]) <= expert and not rows_of(rows[10:]) & (real | expert)
+        assert (
+            torch.equal(cloned.obs, batch.obs[2:10])
+            and torch.equal(cloned.action, batch.action[2:10])
+            and torch.equal(actor_obs, batch.obs)
+        )
+        assert rows_of(rows[:2]) <= real and rows_of(rows[2:10]) <= expert and not rows_of(rows[10:]) & (real | expert)
         # A round of the cost comes after the updates of steps 4, 8, ...: the sawtooth starts anew.
         step, since_round = number // 2, number if number < 10 else (number - 2) % 8
         share = (1 - since_round / 10) / (1 + step / 20)
@@ -217,12 +219,12 @@ def test_a_batch_is_relabelled_with_the_current_cost(tmp_path, hyper_point, monk
             super().__init__(*inputs)
             made.append(self)
 
-    def update(agent, batch, actor_obs, noise, args, experts):
+    def update(agent, batch, actor_obs, noise, args, *cloned):
         now = made[-1].reward(batch.obs, batch.action)
-        torch.testing.assert_close(batch.reward[: experts.stop], now[: experts.stop])
-        assert (batch.reward[experts.stop :] < now[experts.stop :]).all()  # minus the pessimism of imagined rows
+        torch.testing.assert_close(batch.reward[:8], now[:8])
+        assert (batch.reward[8:] < now[8:]).all()  # minus the pessimism of imagined rows
         checked.append(now.mean().item())
-        return original(agent, batch, actor_obs, noise, args, experts)
+        return original(agent, batch, actor_obs, noise, args, *cloned)
 
     monkeypatch.setattr(hyper, "Cost", Cost)
     monkeypatch.setattr(hyper, "sac_update", update)
@@ -290,28 +292,28 @@ def test_published_cost_rounds_have_fresh_optimisers_with_harmonic_step_sizes(tm
     assert all(steps == 0 and optimistic for _, steps, optimistic in seen)
 
 
-@pytest.mark.parametrize("script", [sac, hyper])
-def test_same_seed_same_csv_and_another_seed_another(script, tmp_path, hyper_point):
-    argv = [*argv_of(script, hyper_point), "--total-timesteps", "150", "--eval-every", "50"]
+@pytest.mark.parametrize("script", [sac, hype, hyper])
+def test_same_seed_same_csv_and_another_seed_another(script, tmp_path, argv_of):
+    argv = [*argv_of(script), "--total-timesteps", "150", "--eval-every", "50"]
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         run(script, [*argv, "--seed", seed, "--run-dir", tmp_path / name])
     assert rows(tmp_path / "a") == rows(tmp_path / "b") != rows(tmp_path / "c")
 
 
-@pytest.mark.parametrize("script", [sac, hyper])
-def test_an_extra_evaluation_changes_nothing(script, tmp_path, hyper_point):
-    argv = [*argv_of(script, hyper_point), "--total-timesteps", "120"]
+@pytest.mark.parametrize("script", [sac, hype, hyper])
+def test_an_extra_evaluation_changes_nothing(script, tmp_path, argv_of):
+    argv = [*argv_of(script), "--total-timesteps", "120"]
     for name, every in (("a", 120), ("b", 10)):
         run(script, [*argv, "--eval-every", every, "--eval-episodes", 1 if name == "a" else 3, "--run-dir", tmp_path / name])
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["parts"]["agent"] for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("script", [sac, hyper])
-def test_resumed_run_equals_an_uninterrupted_one(script, tmp_path, hyper_point):
+@pytest.mark.parametrize("script", [sac, hype, hyper])
+def test_resumed_run_equals_an_uninterrupted_one(script, tmp_path, argv_of):
     """Stopped in the middle of an episode, with different lengths of what was before and after."""
-    extra = ["--p-tremble", "0.1", "--cost-data", "rollout", "--cost-every", "20"] if script is hyper else []
-    argv = [*argv_of(script, hyper_point), *extra, "--eval-every", "40"]
+    extra = [] if script is sac else ["--p-tremble", "0.1", "--cost-data", "rollout", "--cost-every", "20"]
+    argv = [*argv_of(script), *extra, "--eval-every", "40"]
     run(script, [*argv, "--total-timesteps", "480", "--run-dir", tmp_path / "whole"])
     run(script, [*argv, "--total-timesteps", "200", "--run-dir", tmp_path / "parts"])
     parts = rows(tmp_path / "parts")
@@ -320,13 +322,13 @@ def test_resumed_run_equals_an_uninterrupted_one(script, tmp_path, hyper_point):
     run(script, ["--resume", tmp_path / "parts", "--total-timesteps", "480"])
     whole, resumed = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     steps = {row["env_steps"] for row in whole}
-    assert whole == [row for row in resumed if row["env_steps"] in steps] if script is hyper else whole == resumed
+    assert whole == [row for row in resumed if row["env_steps"] in steps] if script is not sac else whole == resumed
     assert json.loads((tmp_path / "parts" / "args.json").read_text())["args"]["total_timesteps"] == 480
 
 
-@pytest.mark.parametrize("script", [sac, hyper])
-def test_a_signal_in_the_first_evaluation_leaves_a_run_to_resume(script, tmp_path, hyper_point, monkeypatch):
-    argv = [*argv_of(script, hyper_point), "--total-timesteps", "100", "--eval-every", "50", "--checkpoint-every", "0"]
+@pytest.mark.parametrize("script", [sac, hype, hyper])
+def test_a_signal_in_the_first_evaluation_leaves_a_run_to_resume(script, tmp_path, argv_of, monkeypatch):
+    argv = [*argv_of(script), "--total-timesteps", "100", "--eval-every", "50", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
     original = script.evaluate
     monkeypatch.setattr(script, "evaluate", lambda *a, **k: [signal.raise_signal(signal.SIGTERM), original(*a, **k)][1])
@@ -345,9 +347,9 @@ def environment() -> dict:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("script", [sac, hyper])
-def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, hyper_point):
-    argv = [*argv_of(script, hyper_point), "--eval-every", "100", "--total-timesteps", "800", "--checkpoint-every", "0"]
+@pytest.mark.parametrize("script", [sac, hype, hyper])
+def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, argv_of):
+    argv = [*argv_of(script), "--eval-every", "100", "--total-timesteps", "800", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
     process = subprocess.Popen(
         command(script, [*argv, "--run-dir", tmp_path / "cut"]), env=environment(), stderr=subprocess.PIPE, text=True
@@ -418,9 +420,9 @@ def test_recent_cost_data_takes_no_extra_steps(tmp_path, hyper_point, monkeypatc
     assert steps.count(1) == last["env_steps"] == 200 and steps.count(2) == 0
 
 
-@pytest.mark.parametrize("script,name", [(sac, "buffer"), (hyper, "real")])
-def test_time_limits_do_not_stop_bootstrapping(script, name, tmp_path, hyper_point):
-    argv = [*argv_of(script, hyper_point), *"--total-timesteps 220 --seed 5 --tau 0.0001 --actor-lr 1e-9".split()]
+@pytest.mark.parametrize("script,name", [(sac, "buffer"), (hype, "real"), (hyper, "real")])
+def test_time_limits_do_not_stop_bootstrapping(script, name, tmp_path, argv_of):
+    argv = [*argv_of(script), *"--total-timesteps 220 --seed 5 --tau 0.0001 --actor-lr 1e-9".split()]
     run(script, [*argv, "--run-dir", tmp_path])
     parts = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]
     stored = parts[name]["rows"]
@@ -549,13 +551,13 @@ def test_minari_dataset_loads_like_the_same_npz(tmp_path, monkeypatch, demos):
     assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("script", [sac, hyper])
-def test_the_environment_that_renders_is_made_first(script, tmp_path, hyper_point, monkeypatch):
+@pytest.mark.parametrize("script", [sac, hype, hyper])
+def test_the_environment_that_renders_is_made_first(script, tmp_path, argv_of, monkeypatch):
     """It chooses the renderer, and dm_control reads the choice only once."""
     modes, original = [], script.make_env
     monkeypatch.setattr(script, "make_env", lambda env_id, mode=None: [modes.append(mode), original(env_id)][1])
     monkeypatch.setattr(script, "evaluate", lambda *a, **k: dict(eval_return_mean=0.0))
-    run(script, [*argv_of(script, hyper_point), "--capture-video", "--total-timesteps", "70", "--run-dir", tmp_path])
+    run(script, [*argv_of(script), "--capture-video", "--total-timesteps", "70", "--run-dir", tmp_path])
     assert modes[0] == "rgb_array" and not any(modes[1:])
 
 
@@ -569,13 +571,13 @@ def test_video(tmp_path):
     assert all(path.stat().st_size > 1000 for path in tmp_path.glob("videos/*.mp4"))
 
 
-@pytest.mark.parametrize("script", [sac, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper])
 def test_a_script_runs_alone_in_an_empty_folder(script, tmp_path):
     for file in (f"{script.__name__}.py",):
         (tmp_path / file).write_text((ROOT / file).read_text())
     argv = ["--env-id", "Hopper-v4", "--total-timesteps", "70", "--eval-every", "70"]
-    argv += TINY_SAC if script is sac else TINY_HYPER
-    if script is hyper:
+    argv += {sac: TINY_SAC, hype: TINY_HYPE, hyper: TINY_HYPER}[script]
+    if script is not sac:
         (tmp_path / "demo.npz").write_bytes((ROOT / "demos" / "Hopper-v4.npz").read_bytes())
         argv += ["--demos", "demo.npz"]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -15,7 +15,7 @@ WANTED = {
     "Args": "each script has its own settings",
     "check_args": "each script has its own combinations that cannot be",
     "train": "the algorithm itself",
-    "sac_update": "hyper.py can add behaviour cloning of the expert rows to the actor's loss",
+    "sac_update": "hype.py and hyper.py can add behaviour cloning of the expert rows to the actor's loss",
 }
 
 
