@@ -186,7 +186,7 @@ class Args:
 
     # Algorithm
     initial_steps: int = 1_000
-    """steps of the untrained policy (or uniformly random ones) before the first gradient step (paper: 100)"""
+    """steps of uniformly random actions before the first gradient step (paper: 100)"""
     updates_per_step: int = 1
     """gradient steps of the policy each time (paper: 64)"""
     update_every: int = 1
@@ -223,7 +223,7 @@ _METHODS = {
     "filter": dict(reset_prob=0.5),
     "hype-filter": dict(hybrid_ratio=(0.5,), reset_prob=0.5),
     "bc-reg": dict(bc_weight=1.0),
-    "gail": dict(cost_gp_target=1.0),
+    "gail": dict(cost_loss="logistic", cost_gp_target=1.0),
 }
 _PAPER = dict(
     total_timesteps=1_400_000, total_train_steps=1_000_000, num_demos=64, p_tremble=0.01, normalise_obs=False, critic_layer_norm=False,
@@ -235,7 +235,7 @@ _PAPER = dict(
 _HYBRID = {"Ant": _A, "Walker2d": _A, "HalfCheetah": _A, "Hopper": _B, "Humanoid": _B}  # HalfCheetah: not in the released code
 PRESETS: dict[str, dict[str, dict]] = {
     "default": _METHODS,
-    "paper": {"*": _PAPER, **_METHODS, "gail": {}}
+    "paper": {"*": _PAPER, **_METHODS, "bc": dict(actor_lr=3e-4, optimistic=False, eval_episodes=50)}
     | {f"Hopper-v{v}": dict(total_timesteps=1_800_000, cost_every=5_000, lr_sawtooth=5_000) for v in (4, 5)}
     | {f"Humanoid-v{v}": dict(p_tremble=0.025) for v in (4, 5)}
     | {f"{robot}-v{v} hype": dict(hybrid_ratio=ratio) for robot, ratio in _HYBRID.items() for v in (4, 5)}
@@ -316,6 +316,8 @@ def check_args(args: Args) -> None:
                 fail(f"{flag} must not be negative, got {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no GPU that torch can use; take --device cpu")
+    if args.algo == "gail" and args.preset == "paper":
+        fail("--preset paper: gail is not one of the paper's methods")
     ratios = args.hybrid_ratio[:1] if len(args.hybrid_ratio) == 1 else args.hybrid_ratio[0:2] + args.hybrid_ratio[3:4]
     if len(args.hybrid_ratio) not in (1, 5) or max(ratios) > 1:
         fail(f"--hybrid-ratio: one share, or r0 r1 t1 r2 t2 with shares r up to 1, got {args.hybrid_ratio}")
