@@ -55,7 +55,7 @@ def iqm(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def published(script: str) -> dict[str, list[dict[str, str]]]:
-    """Rows of the published curves by environment (without its version)."""
+    """Rows of the published curves by environment (without its version); with a column `variant` where there are several."""
     path, found = ROOT / "benchmark" / "published" / f"{script}.csv", {}
     for row in read(path) if path.exists() else []:
         found.setdefault(row["env"], []).append(row)
@@ -77,7 +77,8 @@ def table(script: str) -> str:
             reached = steps[np.array([metrics.aggregate_iqm(at) for at in returns.T]) >= 0.9 * expert]
             theirs = []
             for column in ("real_k_steps", "counted_k_steps"):  # their last evaluation until then, relative to their expert
-                until = [r for r in published(script).get(env_id.rpartition("-")[0], []) if float(r[column]) <= steps[-1] / 1_000]
+                rows = [r for r in published(script).get(env_id.rpartition("-")[0], []) if r.get("variant", variant) == variant]
+                until = [r for r in rows if float(r[column]) <= steps[-1] / 1_000]
                 theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "-")
             first = f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
             row += [f"{expert:.0f}", f"{100 * last.mean() / expert:.0f}%", first, *theirs]
@@ -98,7 +99,18 @@ def picture(script: str) -> None:
                 steps / 1_000, point / scale, label=f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted"
             )
             ax.fill_between(steps / 1_000, *(interval / scale), alpha=0.2, color=line.get_color(), lw=0)
-        rows = theirs.get(env_id.rpartition("-")[0], [])
+            rows = [row for row in theirs.get(env_id.rpartition("-")[0], []) if row.get("variant") == variant]
+            if rows:  # relative to its own expert, as its steps are counted there
+                share = [float(row["return"]) / float(row["expert"]) for row in rows]
+                ax.plot(
+                    [float(row["counted_k_steps"]) for row in rows],
+                    share,
+                    "--",
+                    lw=0.8,
+                    color=line.get_color(),
+                    label=f"{variant}, published",
+                )
+        rows = [row for row in theirs.get(env_id.rpartition("-")[0], []) if "variant" not in row]
         if rows:  # each relative to its own expert; their step counts on both axes
             share = [float(row["return"]) / float(row["expert"]) for row in rows]
             end = max(ax.get_xlim()[1], 1.5 * float(rows[0]["real_k_steps"]))
