@@ -81,7 +81,7 @@ class Args:
     preset: Literal["default", "paper"] = "default"
     """settings to start from; any other flag beats them. "paper" is the authors' released setting"""
     total_timesteps: int = 300_000
-    """steps taken in training environments: warm-up, training and cost rollouts, all counted"""
+    """steps taken in training environments: warm-up, training and cost rollouts, all counted (--algo bc: gradient steps)"""
     total_train_steps: int = 0
     """stop after so many steps of warm-up and training, whatever the cost rollouts took; 0 for no such limit (paper: 1,000,000)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -95,7 +95,7 @@ class Args:
     run_dir: str | None = None
     """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
     checkpoint_every: int = 20_000
-    """env steps between checkpoints; 0 for none but the last"""
+    """env steps (--algo bc: gradient steps) between checkpoints; 0 for none but the last"""
     resume: str | None = None
     """folder of a run to continue exactly where its checkpoint stands"""
     track: bool = False
@@ -107,7 +107,8 @@ class Args:
     num_demos: int = 10
     """trajectories used, the first ones of the file (paper: 64)"""
     demo_noise: float = 0.0
-    """standard deviation of noise on the demonstrated actions, in units of [-1, 1] (not in the paper)"""
+    """standard deviation of noise that the demonstrated actions are read with, in units of [-1, 1]; where they led to stays (not
+    in the paper)"""
     p_tremble: float = 0.0
     """probability that a step executes a random action, in evaluation too (paper: 0.01, Humanoid 0.025)"""
     reset_prob: float = 0.0
@@ -153,8 +154,8 @@ class Args:
     """clone with sampled actions instead of the mean ones (paper)"""
 
     # Cost
-    cost_loss: Literal["logistic", "moment"] = "logistic"
-    """logistic discriminator with reward softplus(-f), or moment matching with reward -f (paper)"""
+    cost_loss: Literal["logistic", "moment"] = "moment"
+    """moment matching with reward -f (paper), or a logistic discriminator with reward softplus(-f)"""
     cost_data: Literal["recent", "rollout"] = "recent"
     """learner transitions: of training, or of fresh episodes of the current policy in another environment (paper)"""
     cost_window: int = 0
@@ -195,12 +196,10 @@ class Args:
     """training steps over which the actor's weights are averaged (at first, a quarter of those so far); the average is
     evaluated and saved; 0 for none (paper)"""
     lr_decay: int = 0
-    """training steps t0 in the factor 1 / (1 + t / t0) of the step sizes of actor, critics and cost; 0 for constant"""
+    """training steps t0 in the factor 1 / (1 + t / t0) of the step sizes of actor, critics, temperature and cost; 0 for constant"""
     lr_sawtooth: int = 0
     """updates in which the step sizes of actor, critics and temperature fall to 0, restarted at each round of the cost; 0 for
     constant (paper: 10,000; Hopper 5,000)"""
-    bc_updates: int = 20_000
-    """gradient steps of --algo bc (paper: 300,000)"""
 
     # Evaluation
     eval_every: int = 5_000
@@ -223,31 +222,38 @@ _METHODS = {
     "filter": dict(reset_prob=0.5),
     "hype-filter": dict(hybrid_ratio=(0.5,), reset_prob=0.5),
     "bc-reg": dict(bc_weight=1.0),
-    "gail": dict(cost_loss="logistic", cost_gp_target=1.0),
 }
-_PAPER = dict(
-    total_timesteps=1_400_000, total_train_steps=1_000_000, num_demos=64, p_tremble=0.01, normalise_obs=False, critic_layer_norm=False,
-    actor_lr=7.3e-4, critic_lr=7.3e-4, alpha_lr=7.3e-4, alpha=1.0, gamma=0.98, tau=0.02, optimistic=True, bc_sample=True,
-    cost_loss="moment", cost_data="rollout", cost_every=10_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True,
-    cost_normalise=False, cost_gp_target=0.4, initial_steps=100, updates_per_step=64, update_every=64, actor_average=0,
-    lr_sawtooth=10_000, bc_updates=300_000, eval_every=50_000, eval_episodes=10, checkpoint_every=100_000,
+_GAIL = dict(
+    cost_loss="logistic", cost_data="recent", cost_window=0, cost_every=1, cost_restart=False, cost_gp_weight=10.0, cost_gp_target=1.0,
 )  # fmt: skip
-_HYBRID = {"Ant": _A, "Walker2d": _A, "HalfCheetah": _A, "Hopper": _B, "Humanoid": _B}  # HalfCheetah: not in the released code
+_PAPER = dict(
+    total_timesteps=1_400_000, total_train_steps=1_000_000, num_demos=64, demo_noise=0.0, p_tremble=0.01, hidden_sizes=(256, 256),
+    actor_hidden=(), normalise_obs=False, critic_layer_norm=False, batch_size=256, actor_lr=7.3e-4, critic_lr=7.3e-4, alpha_lr=7.3e-4,
+    alpha=1.0, autotune=True, target_entropy=None, gamma=0.98, tau=0.02, optimistic=True, bc_sample=True, cost_loss="moment",
+    cost_data="rollout", cost_episodes=4, cost_every=10_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_weight_decay=0.0,
+    cost_normalise=False, cost_gp_weight=10.0, cost_gp_target=0.4, cost_members=1, cost_clamp=0.0, initial_steps=100,
+    updates_per_step=64, update_every=64, actor_average=0, lr_decay=0, lr_sawtooth=10_000, eval_every=70_000, eval_episodes=10,
+    checkpoint_every=100_000,
+)  # fmt: skip
+_SCHEDULES = {"Ant": _A, "Walker2d": _A, "HalfCheetah": _A, "Hopper": _B, "Humanoid": _B}  # HalfCheetah: not in the released code
 PRESETS: dict[str, dict[str, dict]] = {
-    "default": _METHODS,
-    "paper": {"*": _PAPER, **_METHODS, "bc": dict(actor_lr=3e-4, optimistic=False, eval_episodes=50)}
-    | {f"Hopper-v{v}": dict(total_timesteps=1_800_000, cost_every=5_000, lr_sawtooth=5_000) for v in (4, 5)}
+    "default": {**_METHODS, "gail": _GAIL, "bc": dict(total_timesteps=20_000, eval_every=2_000)},
+    "paper": {"*": _PAPER, **_METHODS}
+    | {"bc": dict(total_timesteps=300_000, actor_lr=3e-4, optimistic=False, eval_every=300_000, eval_episodes=50)}
+    | {f"Hopper-v{v}": dict(total_timesteps=1_800_000, cost_every=5_000, lr_sawtooth=5_000, eval_every=90_000) for v in (4, 5)}
     | {f"Humanoid-v{v}": dict(p_tremble=0.025) for v in (4, 5)}
-    | {f"{robot}-v{v} hype": dict(hybrid_ratio=ratio) for robot, ratio in _HYBRID.items() for v in (4, 5)}
-    | {f"{robot}-v{v} hype-filter": dict(hybrid_ratio=ratio, reset_prob=0.5) for robot, ratio in _HYBRID.items() for v in (4, 5)}
+    | {
+        f"{robot}-v{v} {algo}": dict(hybrid_ratio=ratio)
+        for robot, ratio in _SCHEDULES.items() for algo in ("hype", "hype-filter") for v in (4, 5)
+    }
     | {f"{robot}-v{v} bc-reg": dict(bc_weight=0.5) for robot in ("Humanoid", "Walker2d", "HalfCheetah") for v in (4, 5)},
-}
+}  # fmt: skip
 POSITIVE = """
     total_timesteps num_threads hidden_sizes actor_hidden batch_size actor_lr critic_lr alpha_lr alpha updates_per_step update_every
-    eval_every eval_episodes num_demos initial_steps cost_episodes cost_every cost_batch_size cost_lr cost_members bc_updates
+    eval_every eval_episodes num_demos initial_steps cost_episodes cost_every cost_batch_size cost_lr cost_members
 """.split()
 FRACTIONS = ("gamma", "tau", "p_tremble", "reset_prob")
-RESUME_MAY_CHANGE = {"resume", "demos", "total_timesteps", "total_train_steps", "bc_updates", "checkpoint_every", "num_threads", "track"}
+RESUME_MAY_CHANGE = {"resume", "demos", "total_timesteps", "total_train_steps", "checkpoint_every", "num_threads", "track"}
 STATE_EVERY = 4  # steps of a recorded episode between simulator states
 OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
 SCRIPT = Path(__file__).name
@@ -323,6 +329,8 @@ def check_args(args: Args) -> None:
         fail(f"--hybrid-ratio: one share, or r0 r1 t1 r2 t2 with shares r up to 1, got {args.hybrid_ratio}")
     if len(args.hybrid_ratio) == 5 and not 0 < args.hybrid_ratio[2] < args.hybrid_ratio[4]:
         fail(f"--hybrid-ratio: gradient steps t1 and t2 must increase, got {args.hybrid_ratio}")
+    if args.algo == "bc" and (args.reset_prob or args.bc_weight or any(ratios)):
+        fail("--algo bc clones and does nothing else: --reset-prob, --bc-weight and --hybrid-ratio have no meaning there")
     if args.total_timesteps <= args.initial_steps and not args.eval_only and args.algo != "bc":
         fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.initial_steps} (--initial-steps)")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -514,46 +522,67 @@ def load_minari(name: str) -> dict[str, np.ndarray]:
 
 
 class ExpertResets(gym.Wrapper):
-    """With probability reset_prob an episode starts at a demonstrated simulator state, with the steps left there.
+    """With probability reset_prob an episode starts at a demonstrated simulator state, with the steps that were left there.
 
-    `starts` are (state [k], obs [obs], elapsed steps) of the demonstrations (demos/README.md). The state is MuJoCo's whole
-    integration state, so the episode goes on to the last bit as the demonstration did. The coin and the start follow from
-    the reset's seed.
+    `states` [n, k] are MuJoCo's whole integration states, so an episode goes on to the last bit as the demonstration did;
+    obs [n, obs] and elapsed [n] are what was seen there and after how many steps. The coin and the start follow from the
+    reset's seed.
     """
 
-    def __init__(self, env: gym.Env, starts: list[tuple[np.ndarray, np.ndarray, int]], reset_prob: float):
+    def __init__(self, env: gym.Env, states: np.ndarray, obs: np.ndarray, elapsed: np.ndarray, reset_prob: float):
         super().__init__(env)
-        self.starts, self.reset_prob = starts, reset_prob
+        self.states, self.obs, self.elapsed, self.reset_prob, self.from_expert = states, obs, elapsed, reset_prob, False
         self.limit = env
         while not isinstance(self.limit, gym.wrappers.TimeLimit):
+            if self.limit is env.unwrapped:
+                fail(f"--reset-prob: {env.spec.id} has no time limit, so no steps are left at a demonstrated state")
             self.limit = self.limit.env
 
     def reset(self, seed: int, options=None):
         obs, info = self.env.reset(seed=seed)
         rng = np.random.default_rng([seed, 1])
-        if rng.random() >= self.reset_prob:
-            return obs, info
+        self.from_expert = rng.random() < self.reset_prob
+        return self.restore(rng.integers(len(self.states))) if self.from_expert else obs, info
+
+    def restore(self, start: int) -> np.ndarray:
+        """Puts the simulator to a demonstrated state; returns the observation [obs]."""
         import mujoco
 
-        state, obs, elapsed = self.starts[rng.integers(len(self.starts))]
         model, data, spec = self.unwrapped.model, self.unwrapped.data, mujoco.mjtState.mjSTATE_INTEGRATION
-        mujoco.mj_setState(model, data, state, spec)
+        mujoco.mj_setState(model, data, self.states[start], spec)
         mujoco.mj_forward(model, data)  # derived quantities; it moves the solver's warm start, so the state is set again
-        mujoco.mj_setState(model, data, state, spec)
-        self.limit._elapsed_steps = elapsed
-        return obs, info
+        mujoco.mj_setState(model, data, self.states[start], spec)
+        self.limit._elapsed_steps = self.elapsed[start]
+        return self.obs[start]
 
 
-def load_starts(path: str, num_demos: int) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """(simulator state [k], observation [obs], elapsed steps) of the states that a demonstration file holds."""
+def reset_to_experts(env: gym.Env, path: str, expert: "Batch", args: Args) -> ExpertResets:
+    """The environment with resets to the states that a demonstration file holds, whose transitions are `expert` [n, ...]."""
+    import mujoco
+
     data = load_npz(path) if not path.startswith("minari:") else {}
     if "states" not in data:
-        fail(f"--reset-prob: {path} holds no simulator states to reset to; sac.py --record-demos records them for MuJoCo's robots")
+        fail(f"--reset-prob: {path} holds no simulator states; record some: python sac.py --eval-only "
+             f"--checkpoint demos/experts/{args.env_id}.pt --record-demos my.npz (MuJoCo's robots only)")  # fmt: skip
     ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
-    starts, states = [], iter(data["states"])
-    for begin, end in zip([0, *ends], ends[:num_demos], strict=False):
-        starts += [(next(states), data["observations"][begin + t], t) for t in range(0, end - begin, STATE_EVERY)]
-    return starts
+    begins = np.array([0, *ends[:-1]])
+    elapsed = [np.arange(0, end - begin, STATE_EVERY) for begin, end in zip(begins, ends, strict=True)]
+    model, states = getattr(env.unwrapped, "model", None), data["states"]
+    width = mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION) if isinstance(model, mujoco.MjModel) else 0
+    if states.shape != (sum(map(len, elapsed)), width):
+        fail(f"--reset-prob: {path} must hold a state of {width} numbers for each {STATE_EVERY}th step, "
+             f"{(sum(map(len, elapsed)), width)} in all; it holds {states.shape}")  # fmt: skip
+    rows = np.concatenate([begin + steps for begin, steps in zip(begins, elapsed, strict=True)][: args.num_demos])
+    obs, elapsed = expert.obs[rows].cpu().numpy(), np.concatenate(elapsed[: args.num_demos])
+    env = ExpertResets(env, states[: len(rows)], obs, elapsed, args.reset_prob)
+    env.reset(seed=0)
+    for start in (0, len(rows) // 2, len(rows) - 1):
+        env.restore(start)
+        next_obs, *_ = env.step(expert.action[rows[start]].cpu().numpy())
+        apart = np.abs(next_obs - expert.next_obs[rows[start]].cpu().numpy()).max()
+        if not apart < 1e-3:
+            fail(f"--reset-prob: the states in {path} do not put {args.env_id} back: a demonstrated action leads elsewhere, by {apart:.2g}")
+    return env
 
 
 class Batch(NamedTuple):
@@ -881,7 +910,7 @@ def clone_update(agent: Agent, expert: Batch, noise: torch.Tensor, args: Args) -
     """One gradient step of behaviour cloning on transitions `expert` [batch, ...]; noise [batch, act] is zero for the mean action."""
     with torch.autocast(expert.obs.device.type, torch.bfloat16, enabled=args.bf16):
         loss = F.mse_loss(agent.actor(expert.obs, noise)[0], expert.action)
-    agent.actor_optimizer.step(torch.autograd.grad(loss, agent.actor_optimizer.params, allow_unused=True))
+    agent.actor_optimizer.step(torch.autograd.grad(loss, agent.actor_optimizer.params))
     return {"losses/actor": loss.detach()}
 
 
@@ -1145,7 +1174,7 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(args.seed)
     streams = {}
-    names = ("replay", "policy", "cost")
+    names = ("replay", "policy", "cost", "demos")
     for name, seed in zip(names, np.random.SeedSequence(args.seed).generate_state(len(names)), strict=True):
         streams[name] = torch.Generator(device).manual_seed(int(seed))
 
@@ -1155,24 +1184,27 @@ def train(args: Args) -> dict:
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or str(Path(__file__).parent / "demos" / f"{re.sub('[/:]', '-', args.env_id)}.npz")
     expert_rows, expert_return = load_demos(demos, args.env_id, env, args.num_demos)
+    expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D_E
+    expert.extend(expert_rows)
     if args.reset_prob:
-        env = ExpertResets(env, load_starts(demos, args.num_demos), args.reset_prob)
+        env = resets = reset_to_experts(env, demos, expert.split(expert.rows), args)
     env = ResumableEnv(env, [args.seed, 0], args.p_tremble)
 
     agent = Agent(obs_dim, act_dim, args).to(device)
     average_actor = copy.deepcopy(agent.actor).requires_grad_(False) if args.actor_average else agent.actor
     cost = Cost(obs_dim, act_dim, args).to(device)
     cost_optimizer = Adam(cost.parameters(), args.cost_lr, args.cost_weight_decay, optimistic=args.cost_restart).to(device)
-    expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D_E
-    expert.extend(expert_rows)
     if args.demo_noise:
-        noise = args.demo_noise * torch.randn(len(expert_rows), act_dim, generator=streams["replay"], device=device)
+        noise = args.demo_noise * torch.randn(len(expert_rows), act_dim, generator=streams["demos"], device=device)
         expert.split(expert.rows).action.add_(noise).clamp_(-1 + 1e-6, 1 - 1e-6)
     limit = min(args.total_train_steps or args.total_timesteps, args.total_timesteps)
     real = ReplayBuffer(limit, obs_dim, act_dim, device)  # D_pi
+    # What the cost may see: no rows of episodes that started at expert states, which are not what the policy does by itself.
+    own = ReplayBuffer(limit, obs_dim, act_dim, device) if args.reset_prob else real
     parts = dict(
         agent=agent, average_actor=average_actor, cost=cost, cost_optimizer=cost_optimizer, real=real, env=env, cost_env=cost_env,
     )  # fmt: skip
+    parts |= {"own": own} if args.reset_prob else {}
     parts |= {f"{name}_stream": stream for name, stream in streams.items()}
     update, update_cost, update_clone = (compiled(function, args) for function in (sac_update, cost_update, clone_update))
 
@@ -1183,11 +1215,11 @@ def train(args: Args) -> dict:
     run_dir = make_run_dir(args)
     counters = checkpoint["counters"]
     cloning = args.algo == "bc"  # its bar counts gradient steps
-    ticks, total = ("updates", args.bc_updates) if cloning else ("env_steps", args.total_timesteps)
-    log = parts["log"] = Log(run_dir, replace(args, total_timesteps=total), counters[ticks])
+    log = parts["log"] = Log(run_dir, args, counters["updates" if cloning else "env_steps"])
     if args.resume:
         restore(checkpoint, parts)
-        real.resize(limit)  # the run may have become longer
+        for buffer in {real, own}:
+            buffer.resize(limit)  # the run may have become longer
     else:
         env.reset()
     stop, obs = StopSignal(), env.obs
@@ -1254,7 +1286,9 @@ def train(args: Args) -> dict:
             rows = torch.as_tensor(np.array(rows), dtype=torch.float32, device=device)
             learner = rows[torch.randint(len(rows), (args.cost_batch_size,), generator=streams["cost"], device=device)]
         else:
-            learner = real.sample((args.cost_batch_size,), streams["cost"], args.cost_window)[:, : obs_dim + act_dim]
+            if not len(own):
+                return
+            learner = own.sample((args.cost_batch_size,), streams["cost"], args.cost_window)[:, : obs_dim + act_dim]
         lr = args.cost_lr * lr_share
         if args.cost_restart:  # step sizes lr, lr, lr / 2, lr / 3, ...
             cost_optimizer.restart()
@@ -1272,9 +1306,14 @@ def train(args: Args) -> dict:
 
     def finished() -> bool:
         if cloning:
-            return True
+            return counters["updates"] >= args.total_timesteps
         enough = args.total_train_steps and counters["train_steps"] >= args.total_train_steps
         return bool(enough) or counters["env_steps"] >= args.total_timesteps
+
+    def average(steps: int) -> None:
+        if args.actor_average:
+            weight = 1 / min(args.actor_average, 1 + steps / 4)
+            torch._foreach_lerp_(list(average_actor.parameters()), [p.detach() for p in agent.actor.parameters()], weight)
 
     def clone() -> None:
         """--algo bc: no environment but the evaluation's."""
@@ -1284,22 +1323,16 @@ def train(args: Args) -> dict:
         counters["updates"] += 1
         average(counters["updates"])
         log.bar.update()
-        done = counters["updates"] == args.bc_updates
-        if counters["updates"] % args.eval_every == 0 or done:
+        if counters["updates"] % args.eval_every == 0 or finished():
             evaluate_and_save_policy()
-        if done or (args.checkpoint_every and counters["updates"] % args.checkpoint_every == 0):
+        if finished() or (args.checkpoint_every and counters["updates"] % args.checkpoint_every == 0):
             save_checkpoint(run_dir, parts, counters, policy_content(average_actor, env, args, 0))
-
-    def average(steps: int) -> None:
-        if args.actor_average:
-            weight = 1 / min(args.actor_average, 1 + steps / 4)
-            torch._foreach_lerp_(list(average_actor.parameters()), [p.detach() for p in agent.actor.parameters()], weight)
 
     if not log.rows:
         if cloning:
             fit_normalisers()
         evaluate_and_save_policy()
-    while cloning and counters["updates"] < args.bc_updates and not stop.received:
+    while cloning and not finished() and not stop.received:
         clone()
     while not finished() and not stop.received:
         before = counters["env_steps"]
@@ -1311,6 +1344,8 @@ def train(args: Args) -> dict:
         check_finite({"action": action}, before)
         next_obs, _, terminated, truncated, _ = env.step(action)
         real.add(obs, action, 0.0, next_obs, terminated)
+        if args.reset_prob and not resets.from_expert:
+            own.add(obs, action, 0.0, next_obs, terminated)
         obs = next_obs
         counters["env_steps"] += 1
         counters["train_steps"] += 1
@@ -1326,7 +1361,7 @@ def train(args: Args) -> dict:
             lr_share = 1 / (1 + steps / args.lr_decay) if args.lr_decay else 1.0
             if steps % args.update_every == 0:
                 update_policy(lr_share)
-            if steps and steps % args.cost_every == 0:
+            if counters["train_steps"] % args.cost_every == 0:
                 update_cost_round(lr_share)
             average(steps)
 

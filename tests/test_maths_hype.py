@@ -1,12 +1,15 @@
 """HyPE's blocks against hand calculation or a second method. Numbers in the names refer to the reference page's tests."""
 
-import gymnasium as gym
+import re
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 
 import hype
-from tests.conftest import POINT, run
+from tests import pointmass
+from tests.conftest import POINT, TINY_HYPE, rows, run
 
 
 def test_expert_share_schedules_4():
@@ -20,6 +23,10 @@ def test_expert_share_schedules_4():
         assert hype.expert_share(schedule, steps) == pytest.approx(share, abs=1e-6), (schedule, steps)
 
 
+def test_a_fifth_of_a_batch_is_51_expert_rows():
+    assert round(hype.expert_share((0.2,), 0) * 256) == 51  # and 205 of the learner; the released code takes 51 and 204
+
+
 @pytest.mark.parametrize("algo, ratio, clones", [("hype", 0.5, 0), ("mm", 0.0, 0), ("bc-reg", 0.0, 16)])
 def test_what_a_batch_holds_5(algo, ratio, clones, tmp_path, demos, monkeypatch, hype_point):
     seen, original = [], hype.sac_update
@@ -30,24 +37,36 @@ def test_what_a_batch_holds_5(algo, ratio, clones, tmp_path, demos, monkeypatch,
 
     monkeypatch.setattr(hype, "sac_update", watch)
     run(hype, [*hype_point, "--algo", algo, "--total-timesteps", "100", "--run-dir", tmp_path])
-    expert = {row.tobytes() for row in hype.load_demos(demos, POINT[1], hype.make_env(POINT[1]), 4)[0][:, :4].numpy()}
+    expert = {row.tobytes() for row in hype.load_demos(demos, POINT[1], hype.make_env(POINT[1]), 4)[0][:, :6].numpy()}
+    assert len(seen) == 41
     for batch, actor_obs, cloned in seen:
-        marks = [row.tobytes() in expert for row in batch.obs.numpy()]
+        marks = [row.tobytes() in expert for row in torch.cat([batch.obs, batch.action], 1).numpy()]
         n = round(16 * ratio)
         assert marks == [False] * (16 - n) + [True] * n and torch.equal(actor_obs, batch.obs)
-        assert len(cloned.obs) == clones and all(row.tobytes() in expert for row in cloned.obs.numpy())
+        assert len(cloned.obs) == clones and all(row.tobytes() in expert for row in torch.cat([cloned.obs, cloned.action], 1).numpy())
+
+
+HOPPER = str(hype.Path(hype.__file__).parent / "demos" / "Hopper-v4.npz")
+
+
+def hopper_resets(env_id: str = "Hopper-v4", path: str = HOPPER, **settings) -> hype.ExpertResets:
+    args, env = hype.Args(env_id=env_id, **settings), hype.make_env(env_id)
+    rows, _ = hype.load_demos(path, env_id, env, args.num_demos)
+    expert = hype.ReplayBuffer(len(rows), env.observation_space.shape[0], env.action_space.shape[0], "cpu")
+    expert.extend(rows)
+    return hype.reset_to_experts(env, path, expert.split(expert.rows), args)
 
 
 def test_resets_restore_the_demonstration_exactly_12():
     """The observation, the steps left and what the demonstrated actions lead to, to the last bit."""
-    path = str(hype.Path(hype.__file__).parent / "demos" / "Hopper-v4.npz")
-    starts, data = hype.load_starts(path, 2), np.load(path)
-    assert len(starts) == 500
-    env = hype.ExpertResets(hype.make_env("Hopper-v4"), starts, 1.0)
+    env, data = hopper_resets(num_demos=2, reset_prob=1.0), np.load(HOPPER)
+    assert len(env.states) == 500
     for seed in range(2):
         obs, _ = env.reset(seed=seed)
-        row = int(np.flatnonzero((data["observations"][:2000] == obs).all(1))[0])
+        row, truncated = int(np.flatnonzero((data["observations"][:2000] == obs).all(1))[0]), False
+        assert env.from_expert and env.limit._elapsed_steps == row % 1000
         for t in range(row, row + 1000 - row % 1000):
+            assert not truncated
             obs, _, terminated, truncated, _ = env.step(data["actions"][t])
             np.testing.assert_array_equal(obs.astype(np.float32), data["next_observations"][t])
         assert truncated and not terminated
@@ -55,23 +74,225 @@ def test_resets_restore_the_demonstration_exactly_12():
 
 
 def test_resets_have_their_probability():
-    path = str(hype.Path(hype.__file__).parent / "demos" / "Hopper-v4.npz")
-    env = hype.ExpertResets(hype.make_env("Hopper-v4"), hype.load_starts(path, 10), 0.3)
-    limit = env.limit
-    hits = sum(env.reset(seed=seed)[0][0] != 0 and limit._elapsed_steps > 0 for seed in range(400))
-    assert 80 < hits < 160  # 120 +- 9, but for the demonstrations' first states
+    env = hopper_resets(reset_prob=0.3)
+    marks = [(env.reset(seed=seed), env.from_expert, env.limit._elapsed_steps) for seed in range(400)]
+    hits = [elapsed for _, from_expert, elapsed in marks if from_expert]
+    assert 80 < len(hits) < 160 and 400 < np.mean(hits) < 600  # 120 +- 9, 498 +- 26
+    assert all(elapsed == 0 for _, from_expert, elapsed in marks if not from_expert)
+
+
+def drop(name):
+    return lambda data: data.pop(name)
+
+
+WRONG_STATES = {
+    r"Hopper-v4.npz holds no simulator states; record some: python sac.py --eval-only --checkpoint .*--record-demos": drop("states"),
+    r"a state of \d+ numbers for each 4th step, \(2500, \d+\) in all; it holds \(10000,": lambda d: d.update(
+        states=np.repeat(d["states"], 4, 0)
+    ),
+    r"it holds \(2500, 3\)": lambda d: d.update(states=d["states"][:, :3]),
+    r"do not put Hopper-v4 back: a demonstrated action leads elsewhere": lambda d: d.update(states=np.roll(d["states"], 7, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG_STATES)
+def test_states_that_do_not_restore_are_refused(message, tmp_path, capsys):
+    data = dict(np.load(HOPPER))
+    WRONG_STATES[message](data)
+    np.savez(tmp_path / "Hopper-v4.npz", **data)
+    with pytest.raises(SystemExit) as stopped:
+        argv = ["--env-id", "Hopper-v4", "--algo", "filter", "--demos", tmp_path / "Hopper-v4.npz", "--run-dir", tmp_path / "run"]
+        run(hype, argv)
+    assert stopped.value.code == 2 and not (tmp_path / "run").exists()
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_resets_want_a_simulator_and_a_time_limit(tmp_path, capsys, demos, hype_point):
+    data = dict(np.load(demos)) | dict(states=np.zeros((3, 3)))
+    np.savez(tmp_path / "point.npz", **data)
+    with pytest.raises(SystemExit):
+        run(hype, [*hype_point, "--algo", "filter", "--demos", tmp_path / "point.npz", "--run-dir", tmp_path / "run"])
+    assert "must hold a state of 0 numbers" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        hype.ExpertResets(hype.make_env("Hopper-v4").env.env, np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), 0.5)
+    assert "Hopper-v4 has no time limit" in capsys.readouterr().err
+
+
+def test_the_cost_sees_no_episode_that_started_at_an_expert_state(tmp_path, monkeypatch):
+    """And the policy sees all of them. A reset in the middle of an episode shows as a first observation of the demonstrations."""
+    seen = []
+    original = hype.cost_update
+    monkeypatch.setattr(hype, "cost_update", lambda *inputs: [seen.append(inputs[3]), original(*inputs)][1])
+    argv = ["--env-id", "Hopper-v4", "--algo", "filter", *TINY_HYPE, "--total-timesteps", "200", "--run-dir", tmp_path]
+    run(hype, argv)
+    parts = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]
+    every, own = ({row.numpy().tobytes() for row in parts[name]["rows"][:, :14]} for name in ("real", "own"))
+    starts = {row.tobytes() for row in np.load(HOPPER)["observations"]}
+    resets = [row for row in parts["real"]["rows"] if row[:11].numpy().tobytes() in starts]
+    assert resets and own < every and {row.numpy().tobytes() for inputs in seen for row in inputs} <= own
+    assert not any(row[:14].numpy().tobytes() in own for row in resets)
 
 
 def test_steps_are_all_counted_14(tmp_path, hype_point, monkeypatch):
-    calls, step = [], gym.Env.step
-
-    from tests import pointmass
-
+    calls = []
     original = pointmass.PointMass.step
     monkeypatch.setattr(pointmass.PointMass, "step", lambda self, action: [calls.append(1), original(self, action)][1])
-    monkeypatch.setattr(
-        hype, "evaluate", lambda *_: dict(eval_return_mean=0.0, eval_return_std=0.0, eval_success_rate=0.0, eval_length_mean=0.0)
-    )
+    unseen = dict(eval_return_mean=0.0, eval_return_std=0.0, eval_success_rate=0.0, eval_length_mean=0.0)
+    monkeypatch.setattr(hype, "evaluate", lambda *_: unseen)
     last = run(hype, [*hype_point, "--cost-data", "rollout", "--cost-every", "50", "--total-timesteps", "600", "--run-dir", tmp_path])
     assert last["env_steps"] == len(calls) == last["charts/train_steps"] + last["charts/cost_rollout_steps"]
-    assert last["charts/cost_rollout_steps"] > 100 and step
+    assert last["charts/cost_rollout_steps"] > 100
+
+
+# ------------------------------------------------------------------------------------------- settings
+def test_the_family_differs_in_what_its_names_say():
+    base = asdict(hype.parse_args(["--algo", "mm"]))
+    differences = {algo: {name for name, value in asdict(hype.parse_args(["--algo", algo])).items() if value != base[name]} - {"algo"}
+                   for algo in ("hype", "filter", "hype-filter", "bc-reg", "gail")}  # fmt: skip
+    assert base["cost_loss"] == "moment" and differences == {
+        "hype": {"hybrid_ratio"}, "filter": {"reset_prob"}, "hype-filter": {"hybrid_ratio", "reset_prob"}, "bc-reg": {"bc_weight"},
+        "gail": {"cost_loss", "cost_gp_target"},
+    }  # fmt: skip
+
+
+def test_paper_preset_is_the_published_table():
+    """Section 3.1 of the reference page, and that nothing of it is left to the defaults but what the run is about."""
+    a, b = (0.2, 0.2, 300_000, 0.1, 1_000_000), (0.2, 0.1, 200_000, 0.01, 1_000_000)
+    for robot, every, schedule, weight, tremble in (
+        ("Ant", 10_000, a, 1.0, 0.01), ("Hopper", 5_000, b, 1.0, 0.01), ("Humanoid", 10_000, b, 0.5, 0.025), ("Walker2d", 10_000, a, 0.5, 0.01),
+    ):  # fmt: skip
+        for algo in ("hype", "mm", "filter", "hype-filter", "bc-reg"):
+            args = hype.parse_args(["--env-id", f"{robot}-v4", "--preset", "paper", "--algo", algo])
+            assert (args.cost_every, args.lr_sawtooth, args.p_tremble) == (every, every, tremble)
+            assert args.hybrid_ratio == (schedule if "hype" in algo else (0.0,))
+            assert args.bc_weight == (weight if algo == "bc-reg" else 0) and args.reset_prob == (0.5 if "filter" in algo else 0)
+            assert (args.total_train_steps, args.num_demos, args.initial_steps) == (1_000_000, 64, 100)
+            assert (args.updates_per_step, args.update_every, args.batch_size, args.gamma, args.tau) == (64, 64, 256, 0.98, 0.02)
+            assert args.actor_lr == args.critic_lr == args.alpha_lr == 7.3e-4 and args.alpha == 1 and args.autotune and args.optimistic
+            assert (args.cost_loss, args.cost_data, args.cost_episodes, args.cost_batch_size) == ("moment", "rollout", 4, 4_096)
+            assert (args.cost_lr, args.cost_restart, args.cost_gp_weight, args.cost_gp_target) == (8e-4, True, 10, 0.4)
+            assert not (args.normalise_obs or args.critic_layer_norm or args.cost_normalise or args.actor_average or args.cost_clamp)
+    clone = hype.parse_args(["--preset", "paper", "--algo", "bc"])
+    assert (clone.total_timesteps, clone.actor_lr, clone.optimistic, clone.bc_sample, clone.eval_episodes) == (
+        300_000,
+        3e-4,
+        False,
+        True,
+        50,
+    )
+    left = {"algo", "hybrid_ratio", "reset_prob", "bc_weight"} | set(
+        """exp_name env_id seed preset device num_threads compile bf16 run_dir
+        resume track demos cost_window cost_reduce eval_only checkpoint capture_video""".split()
+    )
+    assert set(asdict(clone)) - left == set(hype._PAPER)
+
+
+def test_the_sawtooth_and_the_harmonic_cost_steps_of_the_paper(tmp_path, hype_point, monkeypatch):
+    """Rounds at multiples of cost_every training steps; step sizes fall from one to the next; the cost's are lr, lr, lr / 2, ..."""
+    policy, cost, updates = [], [], (hype.sac_update, hype.cost_update)
+
+    def watch_policy(agent, *rest):
+        policy.append([optimizer.lr.item() for optimizer in (agent.actor_optimizer, agent.critic_optimizer, agent.alpha_optimizer)])
+        return updates[0](agent, *rest)
+
+    def watch_cost(net, optimizer, expert, learner, *rest):
+        cost.append((len(policy), optimizer.lr.item(), optimizer.steps.item(), optimizer.optimistic))
+        return updates[1](net, optimizer, expert, learner, *rest)
+
+    monkeypatch.setattr(hype, "sac_update", watch_policy)
+    monkeypatch.setattr(hype, "cost_update", watch_cost)
+    flags = "--cost-every 20 --lr-sawtooth 20 --cost-restart --cost-data rollout --cost-lr 0.0008 --actor-lr 0.001 --total-train-steps 140"
+    run(hype, [*hype_point, *flags.split(), "--total-timesteps", "9000", "--run-dir", tmp_path])
+    # The first update belongs to the last warm-up step, 60, at which a round is due as well.
+    assert [n for n, *_ in cost] == [1, 21, 41, 61, 81] and all(steps == 0 and optimistic for *_, steps, optimistic in cost)
+    np.testing.assert_allclose([lr / 8e-4 for _, lr, *_ in cost], [1, 1, 1 / 2, 1 / 3, 1 / 4], rtol=1e-5)
+    shares = [1.0, *[1 - i / 20 for i in range(20)] * 4]
+    np.testing.assert_allclose([lrs[0] / 1e-3 for lrs in policy], shares, rtol=1e-4)
+    np.testing.assert_allclose(np.array(policy)[:, 1:], 3e-4 * np.array(shares)[:, None] * np.ones(2), rtol=1e-4)
+
+
+def test_a_batch_is_relabelled_with_the_current_cost(tmp_path, hype_point, monkeypatch):
+    made, original, checked = [], hype.sac_update, []
+
+    class Cost(hype.Cost):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            made.append(self)
+
+    def update(agent, batch, *rest):
+        now = made[-1].reward(batch.obs, batch.action)
+        torch.testing.assert_close(batch.reward, now)
+        checked.append(now.mean().item())
+        return original(agent, batch, *rest)
+
+    monkeypatch.setattr(hype, "Cost", Cost)
+    monkeypatch.setattr(hype, "sac_update", update)
+    run(hype, [*hype_point, "--cost-lr", "0.01", "--total-timesteps", "100", "--run-dir", tmp_path])
+    assert len(checked) == 41 and np.std(checked) > 0.01  # the cost did change
+
+
+# ------------------------------------------------------------------------------------------- cloning
+def test_cloning_on_narrow_actions_learns_and_executes_them_15():
+    """Demonstrations in [-0.4, 0.4], as Humanoid's: cloned in [-1, 1], executed in the environment's own unit."""
+    torch.manual_seed(0)
+    args = hype.Args(hidden_sizes=(64, 64), actor_lr=3e-3)
+    agent, env = hype.Agent(3, 2, args), hype.gym.wrappers.RescaleAction(pointmass.PointMass(), np.float32(-1), np.float32(1))
+    obs = torch.randn(256, 3)
+    shown = 0.4 * torch.tanh(obs[:, :2])  # what the expert did, in its own unit
+    action = shown / 0.4
+    zeros = torch.zeros(256)
+    for _ in range(600):
+        hype.clone_update(agent, hype.Batch(obs, action.clamp(-1 + 1e-6, 1 - 1e-6), zeros, obs, zeros), torch.zeros(256, 2), args)
+    done = np.stack([agent.actor.act(o) for o in obs[:50].numpy()])
+    assert np.abs(0.4 * done - shown[:50].numpy()).max() < 0.02 and env.action(np.ones(2, np.float32)) == pytest.approx([2, 2])
+
+
+def test_cloning_takes_no_environment_steps_and_imitates(tmp_path, hype_point, demos):
+    flags = ["--algo", "bc", "--hidden-sizes", "64", "64", "--batch-size", "64", "--total-timesteps", "1500", "--eval-every", "500"]
+    last = run(hype, [*hype_point, *flags, "--actor-lr", "1e-3", "--eval-episodes", "3", "--run-dir", tmp_path])
+    assert (last["env_steps"], last["updates"]) == (0, 1500) and [row["updates"] for row in rows(tmp_path)] == ["0", "500", "1000", "1500"]
+    assert last["eval_return_mean"] > 0.8 * last["expert_return"]
+    assert last["losses/actor"] < 0.05
+
+
+def test_sampled_cloning_narrows_the_policy(tmp_path):
+    """The expected squared error of a sampled action falls with the policy's deviation; of the mean action it does not depend on it."""
+    stds = {}
+    for sampled in (False, True):
+        torch.manual_seed(0)
+        args = hype.Args(hidden_sizes=(32, 32), actor_lr=3e-3)
+        agent, obs = hype.Agent(3, 2, args), torch.randn(64, 3)
+        batch = hype.Batch(obs, obs[:, :2].clamp(-0.5, 0.5), torch.zeros(64), obs, torch.zeros(64))
+        for _ in range(300):
+            hype.clone_update(agent, batch, torch.randn(64, 2) * sampled, args)
+        stds[sampled] = agent.actor.net(obs[None])[0, :, 2:].exp().mean().item()
+    assert stds[True] < 0.3 < 0.6 < stds[False]
+
+
+def test_noise_on_demonstrated_actions_has_its_deviation_and_a_stream_of_its_own(tmp_path, hype_point, monkeypatch):
+    seen, original = [], hype.sac_update
+    monkeypatch.setattr(hype, "sac_update", lambda *inputs: [seen.append(inputs[1]), original(*inputs)][1])
+    for noise in ("0", "0.1"):
+        run(hype, [*hype_point, "--demo-noise", noise, "--total-timesteps", "70", "--run-dir", tmp_path / noise])
+    pairs = list(zip(seen[: len(seen) // 2], seen[len(seen) // 2 :], strict=True))
+    clean, noisy = (torch.cat([batch.action[8:] for batch in batches]) for batches in zip(*pairs, strict=True))
+    assert torch.equal(pairs[0][0].obs, pairs[0][1].obs) and torch.equal(pairs[0][0].action[:8], pairs[0][1].action[:8])
+    inside = clean.abs() < 0.6
+    assert (noisy - clean)[inside].std().item() == pytest.approx(0.1, rel=0.2) and noisy.abs().max() < 1
+
+
+def test_a_small_actor_is_saved_and_evaluated(tmp_path, hype_point):
+    run(hype, [*hype_point, "--actor-hidden", "4", "--total-timesteps", "70", "--run-dir", tmp_path])
+    policy = hype.load_policy(str(tmp_path))
+    assert policy["hidden_sizes"] == [4] and policy["actor"]["net.output.weight"].shape == (1, 4, 4)
+    args = hype.parse_args(["--eval-only", "--checkpoint", str(tmp_path), "--eval-episodes", "1"])
+    assert np.isfinite(hype.evaluate_policy(args)["eval_return_mean"])
+
+
+@pytest.mark.parametrize("algo", ["mm", "filter", "hype-filter", "bc-reg", "gail", "bc"])
+def test_every_method_runs_and_resumes_exactly(algo, tmp_path):
+    argv = ["--env-id", "Hopper-v4", "--algo", algo, *TINY_HYPE, "--demo-noise", "0.05", "--eval-every", "40"]
+    run(hype, [*argv, "--total-timesteps", "160", "--run-dir", tmp_path / "whole"])
+    run(hype, [*argv, "--total-timesteps", "120", "--run-dir", tmp_path / "parts"])
+    run(hype, ["--resume", tmp_path / "parts", "--total-timesteps", "160"])
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts") and len(rows(tmp_path / "whole")) == 5
