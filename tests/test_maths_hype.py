@@ -159,7 +159,8 @@ def test_paper_preset_is_the_published_table():
     """Section 3.1 of the reference page, and that nothing of it is left to the defaults but what the run is about."""
     a, b = (0.2, 0.2, 300_000, 0.1, 1_000_000), (0.2, 0.1, 200_000, 0.01, 1_000_000)
     for robot, every, schedule, weight, tremble in (
-        ("Ant", 10_000, a, 1.0, 0.01), ("Hopper", 5_000, b, 1.0, 0.01), ("Humanoid", 10_000, b, 0.5, 0.025), ("Walker2d", 10_000, a, 0.5, 0.01),
+        ("Ant", 10_000, a, 1.0, 0.01), ("Hopper", 5_000, b, 1.0, 0.01), ("Humanoid", 10_000, b, 0.5, 0.025),
+        ("Walker2d", 10_000, a, 0.5, 0.01),
     ):  # fmt: skip
         for algo in ("hype", "mm", "filter", "hype-filter", "bc-reg"):
             args = hype.parse_args(["--env-id", f"{robot}-v4", "--preset", "paper", "--algo", algo])
