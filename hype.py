@@ -921,15 +921,16 @@ def compiled(function: Callable, args: Args) -> Callable:
     """
     if not args.compile:
         return function
-    torch._dynamo.config.trace_autograd_ops = True
-    graph, first = torch.compile(function, dynamic=False), True
+    started = time.time()
+    torch._dynamo.config.trace_autograd_ops = True  # imports the compiler
+    graph, spent = torch.compile(function, dynamic=False), time.time() - started
 
     def call(*inputs):
-        nonlocal first
+        nonlocal spent
         started, result = time.time(), graph(*inputs)
-        if first:
-            tqdm.write(f"{SCRIPT}: compiled {function.__name__} in {time.time() - started:.0f} s", file=sys.stderr)
-            first = False
+        if spent is not None:
+            tqdm.write(f"{SCRIPT}: compiled {function.__name__} in {spent + time.time() - started:.0f} s", file=sys.stderr)
+            spent = None
         return result
 
     return call
