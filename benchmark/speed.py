@@ -444,7 +444,8 @@ def whole_hyper(turn: Turn, robot: str, mode: str) -> None:
         owner = getattr(hyper, owner) if owner else hyper
         if not ("compile" in mode and attribute in ("sac_update", "dynamics_update", "cost_update")):
             setattr(owner, attribute, timed(part, getattr(owner, attribute)))
-    flags = f"--env-id {robot}-v4 --run-dir {os.environ['SPEED_SCRATCH']}/{os.getpid()} --checkpoint-every 0 --total-timesteps 1000000 --eval-every 250".split()
+    flags = f"--env-id {robot}-v4 --checkpoint-every 0 --total-timesteps 1000000 --eval-every 250".split()
+    flags += ["--run-dir", os.environ["SPEED_SCRATCH"] + f"/{os.getpid()}"]
     flags += ["--no-normalise-obs"]  # written the usual way, actor and critics have no normaliser
     flags += [flag for flag in ("--compile", "--bf16") if flag[2:] in mode]
     hyper.train(hyper.parse_args([*flags, "--device", device()]))
