@@ -192,28 +192,33 @@ def sac_usual(turn: Turn, robot: str, width: int, kept: bool = True) -> None:
     repeat(turn, step)
 
 
-def products_alone(turn: Turn, products: list[tuple]) -> None:
-    """Matrix products and nothing else, in the forms that StackedLinear chooses.
+def products_alone(layers: list[tuple]) -> list[tuple]:
+    """Factors and result of each matrix product, in the forms that StackedLinear and its gradients choose.
 
-    `products` holds layers, inputs, outputs, how often forward, gradients of inputs and of weights are computed, and whether in bfloat16.
+    A layer is (networks, inputs, outputs, how often forward, gradients of inputs, gradients of weights, whether in bfloat16).
     """
     import torch
 
-    todo = []
-    for n, fan_in, fan_out, forward, inputs, weights, bf16 in products:
+    products = []
+    for n, fan_in, fan_out, forward, inputs, weights, bf16 in layers:
         dtype = torch.bfloat16 if bf16 else torch.float32
         x, w, y = (torch.randn(n, *shape, device=device(), dtype=dtype) for shape in ((BATCH, fan_in), (fan_in, fan_out), (BATCH, fan_out)))
         if fan_out < 16:  # all transposed
-            todo += [(w.mT, x.mT, torch.empty_like(y.mT))] * forward
-            todo += [(w, y.mT.contiguous(), torch.empty_like(x.mT))] * inputs
-            todo += [(y.mT.contiguous(), x, torch.empty_like(w.mT))] * weights
+            products += [(w.mT, x.mT, torch.empty_like(y.mT))] * forward
+            products += [(w, y.mT.contiguous(), torch.empty_like(x.mT))] * inputs
+            products += [(y.mT.contiguous(), x, torch.empty_like(w.mT))] * weights
         else:
-            todo += [(x, w, torch.empty_like(y))] * forward
-            todo += [(y, w.mT, torch.empty_like(x))] * inputs
-            todo += [(x.mT, y, torch.empty_like(w))] * weights
+            products += [(x, w, torch.empty_like(y))] * forward
+            products += [(y, w.mT, torch.empty_like(x))] * inputs
+            products += [(x.mT, y, torch.empty_like(w))] * weights
+    return products
+
+
+def multiply(turn: Turn, products: list[tuple]) -> None:
+    import torch
 
     def step() -> None:
-        for a, b, out in todo:
+        for a, b, out in products:
             torch.bmm(a, b, out=out)
 
     repeat(turn, step)
@@ -227,13 +232,15 @@ def sac_products(turn: Turn, robot: str, width: int, bf16: bool) -> None:
         if layer < 2:  # the critics' single outputs are no matrix products
             products.append((2, critic[layer], critic[layer + 1], 3, 2 if layer else 1, 1, bf16))
         products.append((1, actor[layer], actor[layer + 1], 2, 1 if layer else 0, 1, bf16 and layer < 2))
-    products_alone(turn, products)
+    multiply(turn, products_alone(products))
 
 
 def ensemble_products(turn: Turn, robot: str, width: int, bf16: bool) -> None:
     sizes = [sum(SIZES[robot]), *[width] * 4, 2 * SIZES[robot][0]]
     layers = enumerate(itertools.pairwise(sizes))
-    products_alone(turn, [(7, fan_in, fan_out, 1, 1 if layer else 0, 1, bf16 and layer < 4) for layer, (fan_in, fan_out) in layers])
+    multiply(
+        turn, products_alone([(7, fan_in, fan_out, 1, 1 if layer else 0, 1, bf16 and layer < 4) for layer, (fan_in, fan_out) in layers])
+    )
 
 
 # ---------------------------------------------------------------------------------------------- ensemble, rollouts, replay
@@ -549,16 +556,23 @@ def repeat(turn: Turn, step: Callable) -> None:
         n = turn()
 
 
+def our_settings() -> None:
+    """What our scripts do when they start."""
+    import torch
+
+    import sac
+
+    torch.set_flush_denormal(True)
+    sac.keep_freed_memory()
+
+
 def worker(function: str, arguments: str) -> None:
     """Runs a contender. After each turn it prints the seconds, and waits for the number of repetitions of the next."""
     import torch
 
     torch.set_num_threads(1)
-    if json.loads(arguments).get("kept", True) and "sbx" not in arguments:  # what our scripts do when they start
-        import sac
-
-        torch.set_flush_denormal(True)
-        sac.keep_freed_memory()
+    if json.loads(arguments).get("kept", True):
+        our_settings()
     channel, sys.stdout = sys.stdout, sys.stderr
     started = time.perf_counter()
 
