@@ -384,7 +384,7 @@ class ReplayBuffer:
         """Rows [*shape, width], uniformly with replacement, from the `newest` ones if given."""
         n = min(newest or len(self), len(self))
         index = torch.randint(n, shape, generator=generator, device=self.rows.device)
-        return F.embedding((self.added - n + index) % len(self.rows), self.rows)  # rows[...], three times faster
+        return F.embedding((self.added - n + index) % len(self.rows), self.rows)  # rows[index], but a faster kernel
 
     def resize(self, capacity: int) -> None:
         """Changes the capacity, keeping the newest rows."""
@@ -420,7 +420,7 @@ class StackedLinear(nn.Module):
         fan_out = self.weight.shape[-1]
         if x.is_cuda or fan_out >= 16:
             product = torch.bmm(x, self.weight)
-        elif fan_out == 1:  # on a CPU, bmm with few output columns is several times slower than these two
+        elif fan_out == 1:  # on a CPU, bmm with few output columns is several times slower than these two (docs/speed.md)
             product = (x * self.weight.mT).sum(-1, keepdim=True)
         else:
             product = torch.bmm(self.weight.mT, x.mT).mT
@@ -507,6 +507,7 @@ class Adam(nn.Module):
     """Adam over a fixed list of parameters, or optimistic Adam, which steps along 2 g_t - g_{t-1}.
 
     Its state is made of tensors and its step of tensor operations, so that a compiled gradient step has no Python in it.
+    Betas 0.9 and 0.999, epsilon 1e-8 without bias correction (torch.optim.Adam corrects its).
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, optimistic: bool = False):
@@ -525,15 +526,15 @@ class Adam(nn.Module):
         if self.weight_decay:
             grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.steps += 1
-        # Kept in a buffer, or the compiled loop over the weights computes it again for every 16 of them.
-        scale = self.lr * torch.sqrt(-torch.expm1(self.steps * math.log(0.999))) / (1 - torch.exp(self.steps * math.log(0.9)))
-        self.scale.copy_(scale)
+        # lr * sqrt(1 - 0.999^t) / (1 - 0.9^t), written to a buffer: otherwise the compiler merges it into the loop over the
+        # weights and computes it again for every 16 of them.
+        corrections = torch.sqrt(-torch.expm1(self.steps * math.log(0.999))) / (1 - torch.exp(self.steps * math.log(0.9)))
+        self.scale.copy_(self.lr * corrections)
         if self.optimistic:
-            torch._foreach_add_(self.params, self._direction(mean, square, scale))
-            scale = 2 * scale
+            torch._foreach_add_(self.params, self._direction(mean, square, self.scale))
         torch._foreach_lerp_(mean, grads, 0.1)
         torch._foreach_lerp_(square, torch._foreach_mul(grads, grads), 0.001)
-        torch._foreach_sub_(self.params, self._direction(mean, square, scale))
+        torch._foreach_sub_(self.params, self._direction(mean, square, 2 * self.scale if self.optimistic else self.scale))
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -606,7 +607,7 @@ def compiled(function: Callable, args: Args) -> Callable:
     if not args.compile:
         return function
     started = time.time()
-    torch._dynamo.config.trace_autograd_ops = True  # imports the compiler
+    torch._dynamo.config.trace_autograd_ops = True  # lets it trace autograd.grad; this line imports the compiler
     graph, spent = torch.compile(function, dynamic=False), time.time() - started
 
     def call(*inputs):

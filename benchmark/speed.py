@@ -1,12 +1,15 @@
 """How fast the shared blocks are, beside stable-baselines3, SBX (JAX) and code written the usual way.
 
-    pip install -r requirements.txt -r benchmark/requirements.txt && python benchmark/speed.py
+    pip install -r requirements.txt -r benchmark/requirements.txt
+    python benchmark/speed.py --list
+    python benchmark/speed.py --only "replay"
 
 Every contender is a process of its own with one thread, pinned to one core where the system can. Contenders of a table take
 turns of about a fifth of a second, 40 times (whole scripts: longer turns, fewer), so that what else the machine does hits all
-of them; the numbers are medians.
-Writes benchmark/results/speed/<device>.json and, where docs/speed.md has `<!-- speed <device> -->`, what stands from there to
-`<!-- end -->`.
+of them; the numbers are medians. All PyTorch contenders, ours and others, get the two process settings that our scripts make
+(freed memory is kept, denormals are flushed), unless their name says otherwise.
+With --write the tables go to benchmark/results/speed/<device>.json and, where docs/speed.md has `<!-- speed <device> -->`, to
+what stands from there to `<!-- end -->`.
 """
 
 import argparse
@@ -17,12 +20,14 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
@@ -47,14 +52,10 @@ def sac_agent(robot: str, width: int, mode: str):
     rows[:, SIZES[robot][0] : sum(SIZES[robot])].tanh_()
     rows[:, -1] = 0
     buffer.extend(rows)
-    update = sac.sac_update
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True
-        update = torch.compile(update)
-    return sac, args, agent, update, buffer
+    return sac, args, agent, sac.compiled(sac.sac_update, args), buffer
 
 
-def sac_ours(turn: Turn, robot: str, width: int, mode: str) -> None:
+def sac_ours(turn: Turn, robot: str, width: int, mode: str, kept: bool = True) -> None:
     import torch
 
     sac, args, agent, update, buffer = sac_agent(robot, width, mode)
@@ -173,7 +174,7 @@ def usual_agent(obs_dim: int, act_dim: int, args):
     return Agent()
 
 
-def sac_usual(turn: Turn, robot: str, width: int, settings: str = "usual") -> None:
+def sac_usual(turn: Turn, robot: str, width: int, kept: bool = True) -> None:
     import numpy as np
     import torch
 
@@ -191,28 +192,33 @@ def sac_usual(turn: Turn, robot: str, width: int, settings: str = "usual") -> No
     repeat(turn, step)
 
 
-def products_alone(turn: Turn, products: list[tuple]) -> None:
-    """Matrix products and nothing else, in the forms that StackedLinear chooses.
+def products_alone(layers: list[tuple]) -> list[tuple]:
+    """Factors and result of each matrix product, in the forms that StackedLinear and its gradients choose.
 
-    `products` holds layers, inputs, outputs, how often forward, gradients of inputs and of weights are computed, and whether in bfloat16.
+    A layer is (networks, inputs, outputs, how often forward, gradients of inputs, gradients of weights, whether in bfloat16).
     """
     import torch
 
-    todo = []
-    for n, fan_in, fan_out, forward, inputs, weights, bf16 in products:
+    products = []
+    for n, fan_in, fan_out, forward, inputs, weights, bf16 in layers:
         dtype = torch.bfloat16 if bf16 else torch.float32
         x, w, y = (torch.randn(n, *shape, device=device(), dtype=dtype) for shape in ((BATCH, fan_in), (fan_in, fan_out), (BATCH, fan_out)))
         if fan_out < 16:  # all transposed
-            todo += [(w.mT, x.mT, torch.empty_like(y.mT))] * forward
-            todo += [(w, y.mT.contiguous(), torch.empty_like(x.mT))] * inputs
-            todo += [(y.mT.contiguous(), x, torch.empty_like(w.mT))] * weights
+            products += [(w.mT, x.mT, torch.empty_like(y.mT))] * forward
+            products += [(w, y.mT.contiguous(), torch.empty_like(x.mT))] * inputs
+            products += [(y.mT.contiguous(), x, torch.empty_like(w.mT))] * weights
         else:
-            todo += [(x, w, torch.empty_like(y))] * forward
-            todo += [(y, w.mT, torch.empty_like(x))] * inputs
-            todo += [(x.mT, y, torch.empty_like(w))] * weights
+            products += [(x, w, torch.empty_like(y))] * forward
+            products += [(y, w.mT, torch.empty_like(x))] * inputs
+            products += [(x.mT, y, torch.empty_like(w))] * weights
+    return products
+
+
+def multiply(turn: Turn, products: list[tuple]) -> None:
+    import torch
 
     def step() -> None:
-        for a, b, out in todo:
+        for a, b, out in products:
             torch.bmm(a, b, out=out)
 
     repeat(turn, step)
@@ -226,13 +232,15 @@ def sac_products(turn: Turn, robot: str, width: int, bf16: bool) -> None:
         if layer < 2:  # the critics' single outputs are no matrix products
             products.append((2, critic[layer], critic[layer + 1], 3, 2 if layer else 1, 1, bf16))
         products.append((1, actor[layer], actor[layer + 1], 2, 1 if layer else 0, 1, bf16 and layer < 2))
-    products_alone(turn, products)
+    multiply(turn, products_alone(products))
 
 
 def ensemble_products(turn: Turn, robot: str, width: int, bf16: bool) -> None:
     sizes = [sum(SIZES[robot]), *[width] * 4, 2 * SIZES[robot][0]]
     layers = enumerate(itertools.pairwise(sizes))
-    products_alone(turn, [(7, fan_in, fan_out, 1, 1 if layer else 0, 1, bf16 and layer < 4) for layer, (fan_in, fan_out) in layers])
+    multiply(
+        turn, products_alone([(7, fan_in, fan_out, 1, 1 if layer else 0, 1, bf16 and layer < 4) for layer, (fan_in, fan_out) in layers])
+    )
 
 
 # ---------------------------------------------------------------------------------------------- ensemble, rollouts, replay
@@ -283,10 +291,8 @@ def ensemble_ours(turn: Turn, robot: str, width: int, mode: str) -> None:
     dynamics = hyper.EnsembleDynamics(*SIZES[robot], args).to(device())
     optimizer = hyper.Adam(dynamics.parameters(), args.model_lr, args.model_weight_decay).to(device())
     inputs = torch.randn(7, BATCH, sum(SIZES[robot]), device=device())
-    targets, update = torch.randn(7, BATCH, SIZES[robot][0], device=device()), hyper.dynamics_update
-    if mode != "eager":
-        torch._dynamo.config.trace_autograd_ops = True
-        update = torch.compile(update)
+    targets = torch.randn(7, BATCH, SIZES[robot][0], device=device())
+    update = hyper.compiled(hyper.dynamics_update, replace(args, compile=mode != "eager"))
     repeat(turn, lambda: update(dynamics, optimizer, inputs, targets, args))
 
 
@@ -355,15 +361,17 @@ def replay_library(turn: Turn, robot: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- whole scripts
 def whole_sac(turn: Turn, robot: str, mode: str) -> None:
-    """1,000 env steps of sac.py with a gradient step each; evaluation left out."""
+    """500 env steps of sac.py with a gradient step each; evaluation left out."""
     import sac
+
+    scratch = os.environ["SPEED_SCRATCH"] + f"/{os.getpid()}"
 
     def evaluate(*_, **__) -> dict:
         turn()
         return dict(eval_return_mean=0.0, eval_return_std=0.0, eval_success_rate=math.nan, eval_length_mean=0.0)
 
     sac.evaluate = evaluate
-    args = sac.Args(env_id=f"{robot}-v4", learning_starts=1_000, eval_every=1_000, run_dir=scratch(), checkpoint_every=0)
+    args = sac.Args(env_id=f"{robot}-v4", learning_starts=1_000, eval_every=500, run_dir=scratch, checkpoint_every=0)
     args = replace(args, compile=mode != "eager", bf16="bf16" in mode, total_timesteps=10**6, device=device())
     sac.train(args)
 
@@ -381,7 +389,7 @@ def whole_library(turn: Turn, robot: str, library: str) -> None:
     model.learn(2_000)
     while True:
         turn()
-        model.learn(1_000, reset_num_timesteps=False)
+        model.learn(500, reset_num_timesteps=False)
 
 
 PARTS = {
@@ -443,7 +451,8 @@ def whole_hyper(turn: Turn, robot: str, mode: str) -> None:
         owner = getattr(hyper, owner) if owner else hyper
         if not ("compile" in mode and attribute in ("sac_update", "dynamics_update", "cost_update")):
             setattr(owner, attribute, timed(part, getattr(owner, attribute)))
-    flags = f"--env-id {robot}-v4 --run-dir {scratch()} --checkpoint-every 0 --total-timesteps 1000000 --eval-every 250".split()
+    flags = f"--env-id {robot}-v4 --checkpoint-every 0 --total-timesteps 1000000 --eval-every 250".split()
+    flags += ["--run-dir", os.environ["SPEED_SCRATCH"] + f"/{os.getpid()}"]
     flags += ["--no-normalise-obs"]  # written the usual way, actor and critics have no normaliser
     flags += [flag for flag in ("--compile", "--bf16") if flag[2:] in mode]
     hyper.train(hyper.parse_args([*flags, "--device", device()]))
@@ -534,12 +543,6 @@ def device() -> str:
     return os.environ.get("SPEED_DEVICE", "cpu")
 
 
-def scratch() -> str:
-    import tempfile
-
-    return tempfile.mkdtemp() + "/run"
-
-
 def repeat(turn: Turn, step: Callable) -> None:
     """Does `step` as often as each turn asks for; 20 times before the first, to warm up."""
     import torch
@@ -553,16 +556,23 @@ def repeat(turn: Turn, step: Callable) -> None:
         n = turn()
 
 
+def our_settings() -> None:
+    """What our scripts do when they start."""
+    import torch
+
+    import sac
+
+    torch.set_flush_denormal(True)
+    sac.keep_freed_memory()
+
+
 def worker(function: str, arguments: str) -> None:
     """Runs a contender. After each turn it prints the seconds, and waits for the number of repetitions of the next."""
     import torch
 
     torch.set_num_threads(1)
-    if not re.search("usual|library", function + arguments) or "our settings" in arguments:  # what our scripts do when they start
-        import sac
-
-        torch.set_flush_denormal(True)
-        sac.keep_freed_memory()
+    if json.loads(arguments).get("kept", True):
+        our_settings()
     channel, sys.stdout = sys.stdout, sys.stderr
     started = time.perf_counter()
 
@@ -588,9 +598,10 @@ class Contender:
         one |= dict(
             XLA_FLAGS="--xla_cpu_multi_thread_eigen=false", XLA_PYTHON_CLIENT_PREALLOCATE="false", JAX_PLATFORMS="", MUJOCO_GL="disabled"
         )
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, "--worker", function, json.dumps(arguments)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **one},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env={**os.environ, **one},
         )  # fmt: skip
         self.warm_up = self.wait()
         for _ in range(skip):
@@ -601,7 +612,9 @@ class Contender:
     def wait(self) -> float:
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"speed.py: {self.name} failed; try python benchmark/speed.py --worker ...: {self.process.args[-2:]}")
+            self.complaints.seek(0)
+            why = (self.complaints.read().strip().splitlines() or ["no message"])[-1]
+            raise SystemExit(f"speed.py: error: {self.name} failed: {why}; see {shlex.join(self.process.args)}")
         answer = json.loads(line)
         self.parts.append(answer["parts"])
         return answer["seconds"]
@@ -657,7 +670,9 @@ def contests(which: str) -> dict[str, tuple[list[dict], int]]:
                 dict(name="stable-baselines3", function="sac_library", library="sb3", **about),
                 dict(name="SBX (JAX)", function="sac_library", library="sbx", **about),
                 dict(name="usual PyTorch", function="sac_usual", **about),
-                dict(name="the same, freed memory kept", function="sac_usual", settings="our settings", **about),
+                dict(name="ours, freed memory not kept", function="sac_ours", mode="eager", kept=False, **about),
+                dict(name="ours --compile, freed memory not kept", function="sac_ours", mode="compile", kept=False, **about),
+                dict(name="usual PyTorch, freed memory not kept", function="sac_usual", kept=False, **about),
                 *products("sac_products", **about),
             ], 40  # fmt: skip
     for width in (200, 400):
@@ -675,10 +690,10 @@ def contests(which: str) -> dict[str, tuple[list[dict], int]]:
         dict(name="ours", function="replay_ours", robot="Ant"), dict(name="stable-baselines3", function="replay_library", robot="Ant")
     ], 40  # fmt: skip
     found["SAC with the environment, Hopper, 2 x 256, an env step"] = [
-        *(dict(name=name, function="whole_sac", every=1_000, skip=2, robot="Hopper", mode=mode) for name, mode in OURS.items()),
-        *(dict(name=name, function="whole_library", every=1_000, robot="Hopper", library=library)
+        *(dict(name=name, function="whole_sac", every=500, skip=3, robot="Hopper", mode=mode) for name, mode in OURS.items()),
+        *(dict(name=name, function="whole_library", every=500, skip=1, robot="Hopper", library=library)
           for name, library in (("stable-baselines3", "sb3"), ("SBX (JAX)", "sbx"))),
-    ], 3  # fmt: skip
+    ], 12  # fmt: skip
     for robot in SIZES:
         found[f"hyper.py, {robot}, default preset, an env step"] = [
             dict(name=name, function="whole_hyper", every=250, skip=5, robot=robot, mode=mode)
@@ -696,7 +711,12 @@ def table(results: dict) -> str:
     for title, result in results.items():
         contenders = result["contenders"]
         names = [name for name in OTHERS if name in contenders]
-        lines += [f"**{title}**", "", "| | ms | slowest and fastest turn | " + " | ".join(f"against {name}" for name in names) + " |"]
+        about = f"{result['turns']} turns, {result['date']}, {result['commit']}"
+        lines += [
+            f"**{title}** ({about})",
+            "",
+            "| | ms | slowest and fastest turn | " + " | ".join(f"against {name}" for name in names) + " |",
+        ]
         lines += ["|---|---|---|" + "---|" * len(names)]
         for name, found in contenders.items():
             ratios = (f"{contenders[other]['milliseconds'] / found['milliseconds']:.2f}" for other in names)
@@ -714,7 +734,9 @@ def table(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="regular expression: the tables to measure; others keep their last numbers")
+    parser.add_argument("--only", default="", help="regular expression: the tables to measure")
+    parser.add_argument("--list", action="store_true", help="name all tables and stop")
+    parser.add_argument("--write", action="store_true", help="put what was measured into benchmark/results/speed and docs/speed.md")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--core", type=int, default=0, help="CPU core that all contenders share")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -722,24 +744,55 @@ def main() -> None:
     if options.worker:
         worker(*options.worker)
     os.environ["SPEED_DEVICE"] = options.device
+    try:
+        wanted = contests(options.only)
+    except re.error as error:
+        parser.error(f"--only {options.only}: not a regular expression ({error})")
+    if options.list or not wanted:
+        print("\n".join(contests("")))
+        if not wanted:
+            parser.error(f"--only {options.only}: no such table; the titles are above")
+        return
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU that torch can use")
     if hasattr(os, "sched_setaffinity"):
+        if options.core not in os.sched_getaffinity(0):
+            parser.error(f"--core {options.core}: there are cores {sorted(os.sched_getaffinity(0))}")
         os.sched_setaffinity(0, {options.core})
-    path = ROOT / "benchmark" / "results" / "speed" / f"{options.device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "stable-baselines3", "sbx-rl", "jax", "numpy", "mujoco", "gymnasium")
-    about = dict(
-        machine=machine(options.device), versions={name: version(name) for name in packages} | dict(python=platform.python_version())
-    )
-    for title, (contenders, rounds) in contests(options.only).items():
-        found = contest(title, contenders, rounds)
-        results = json.loads(path.read_text()) if path.exists() else {}  # read late: another process may have measured other tables
-        path.write_text(json.dumps({**results, title: {**about, "contenders": found}}, indent=1) + "\n")
-    results = json.loads(path.read_text())
-    page = ROOT / "docs" / "speed.md"
-    if page.exists():
-        mark = rf"(<!-- speed {options.device} -->\n).*?(<!-- end -->)"
-        page.write_text(re.sub(mark, lambda m: m[1] + table(results) + m[2], page.read_text(), flags=re.S))
-    print(table(results))
+    path, measured = ROOT / "benchmark" / "results" / "speed" / f"{options.device}.json", {}
+    about = dict(machine=machine(options.device), date=time.strftime("%Y-%m-%d"), commit=commit(), versions=versions())
+    for title, (contenders, rounds) in wanted.items():
+        with tempfile.TemporaryDirectory() as os.environ["SPEED_SCRATCH"]:
+            measured[title] = {**about, "turns": rounds, "contenders": contest(title, contenders, rounds)}
+        if options.write:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            known = json.loads(path.read_text()) if path.exists() else {}  # read late: another process may have measured other tables
+            known[title] = measured[title]
+            path.write_text(json.dumps({name: known[name] for name in contests("") if name in known}, indent=1) + "\n")
+    print(table(measured))
+    if options.write:
+        page, mark = ROOT / "docs" / "speed.md", rf"(<!-- speed {options.device} -->\n).*?(<!-- end -->)"
+        shown = table(json.loads(path.read_text()))
+        page.write_text(re.sub(mark, lambda m: m[1] + shown + m[2], page.read_text(), flags=re.S))
+
+
+def versions() -> dict[str, str]:
+    found = dict(python=platform.python_version())
+    for name in ("torch", "stable-baselines3", "sbx-rl", "jax", "numpy", "mujoco", "gymnasium"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # the tables that need it say so
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """What the scripts were at; with "+" if they have changed since."""
+    git = [subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True) for words in
+           (["rev-parse", "--short=9", "HEAD"], ["status", "--porcelain", "--", "*.py"])]  # fmt: skip
+    return git[0].stdout.strip() + "+" * bool(git[1].stdout.strip()) if git[0].returncode == 0 else None
 
 
 def machine(where: str) -> str:
