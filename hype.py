@@ -156,6 +156,9 @@ class Args:
     # Cost
     cost_loss: Literal["logistic", "moment"] = "moment"
     """moment matching with reward -f (paper), or a logistic discriminator with reward softplus(-f)"""
+    cost_absorbing: bool = True
+    """with moment: an ended episode counts as staying where the learner's cost is highest, so the reward is that cost minus f, never
+    below 0 by much. For demonstrations that do not end early; without, an agent that can end its episodes does (not in the paper)"""
     cost_data: Literal["recent", "rollout"] = "recent"
     """learner transitions: of training, or of fresh episodes of the current policy in another environment (paper)"""
     cost_window: int = 0
@@ -231,7 +234,7 @@ _PAPER = dict(
     actor_hidden=(), normalise_obs=False, critic_layer_norm=False, batch_size=256, actor_lr=7.3e-4, critic_lr=7.3e-4, alpha_lr=7.3e-4,
     alpha=1.0, autotune=True, target_entropy=None, gamma=0.98, tau=0.02, optimistic=True, bc_sample=True, cost_loss="moment",
     cost_data="rollout", cost_episodes=4, cost_every=10_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_weight_decay=0.0,
-    cost_normalise=False, cost_gp_weight=10.0, cost_gp_target=0.4, cost_members=1, cost_clamp=0.0, initial_steps=100,
+    cost_normalise=False, cost_absorbing=False, cost_gp_weight=10.0, cost_gp_target=0.4, cost_members=1, cost_clamp=0.0, initial_steps=100,
     updates_per_step=64, update_every=64, actor_average=0, lr_decay=0, lr_sawtooth=10_000, eval_every=70_000, eval_episodes=10,
     checkpoint_every=100_000,
 )  # fmt: skip
@@ -627,7 +630,7 @@ class ReplayBuffer:
         """Rows [*shape, width], uniformly with replacement, from the `newest` ones if given."""
         n = min(newest or len(self), len(self))
         index = torch.randint(n, shape, generator=generator, device=self.rows.device)
-        return F.embedding((self.added - n + index) % len(self.rows), self.rows)  # rows[...], three times faster
+        return F.embedding((self.added - n + index) % len(self.rows), self.rows)  # rows[index], but a faster kernel
 
     def resize(self, capacity: int) -> None:
         """Changes the capacity, keeping the newest rows."""
@@ -663,7 +666,7 @@ class StackedLinear(nn.Module):
         fan_out = self.weight.shape[-1]
         if x.is_cuda or fan_out >= 16:
             product = torch.bmm(x, self.weight)
-        elif fan_out == 1:  # on a CPU, bmm with few output columns is several times slower than these two
+        elif fan_out == 1:  # on a CPU, bmm with few output columns is several times slower than these two (docs/speed.md)
             product = (x * self.weight.mT).sum(-1, keepdim=True)
         else:
             product = torch.bmm(self.weight.mT, x.mT).mT
@@ -750,6 +753,7 @@ class Adam(nn.Module):
     """Adam over a fixed list of parameters, or optimistic Adam, which steps along 2 g_t - g_{t-1}.
 
     Its state is made of tensors and its step of tensor operations, so that a compiled gradient step has no Python in it.
+    Betas 0.9 and 0.999, epsilon 1e-8 without bias correction (torch.optim.Adam corrects its).
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, optimistic: bool = False):
@@ -768,15 +772,15 @@ class Adam(nn.Module):
         if self.weight_decay:
             grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.steps += 1
-        # Kept in a buffer, or the compiled loop over the weights computes it again for every 16 of them.
-        scale = self.lr * torch.sqrt(-torch.expm1(self.steps * math.log(0.999))) / (1 - torch.exp(self.steps * math.log(0.9)))
-        self.scale.copy_(scale)
+        # lr * sqrt(1 - 0.999^t) / (1 - 0.9^t), written to a buffer: otherwise the compiler merges it into the loop over the
+        # weights and computes it again for every 16 of them.
+        corrections = torch.sqrt(-torch.expm1(self.steps * math.log(0.999))) / (1 - torch.exp(self.steps * math.log(0.9)))
+        self.scale.copy_(self.lr * corrections)
         if self.optimistic:
-            torch._foreach_add_(self.params, self._direction(mean, square, scale))
-            scale = 2 * scale
+            torch._foreach_add_(self.params, self._direction(mean, square, self.scale))
         torch._foreach_lerp_(mean, grads, 0.1)
         torch._foreach_lerp_(square, torch._foreach_mul(grads, grads), 0.001)
-        torch._foreach_sub_(self.params, self._direction(mean, square, scale))
+        torch._foreach_sub_(self.params, self._direction(mean, square, 2 * self.scale if self.optimistic else self.scale))
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -815,6 +819,8 @@ class Cost(nn.Module):
         self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
         self.bf16 = args.bf16  # of the reward alone: the gradient penalty stays float32
         self.normalise = Normaliser(obs_dim + act_dim)
+        self.absorbing = args.cost_absorbing
+        self.register_buffer("worst", torch.zeros(()))
         for layer in (*self.net.hidden, self.net.output):
             for weight in layer.weight.detach():
                 nn.init.orthogonal_(weight)
@@ -833,7 +839,7 @@ class Cost(nn.Module):
         inputs = self.normalise(torch.cat([obs, action], -1))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
             cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
-        return F.softplus(-cost).clamp(max=10) if self.logistic else -cost
+        return F.softplus(-cost).clamp(max=10) if self.logistic else self.worst - cost
 
 
 # ---------------------------------------------------------------------------------------------- gradient steps
@@ -893,6 +899,8 @@ def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torc
     slope = torch.func.grad(lambda x: cost(x).sum())(between)
     penalty = ((slope.square().sum(-1) + 1e-12).sqrt() - args.cost_gp_target).square().mean()
     optimizer.step(torch.autograd.grad(loss + args.cost_gp_weight * penalty, optimizer.params))
+    if cost.absorbing:
+        cost.worst.lerp_(on_learner.detach().max(), 0.01)
     return {"losses/cost": loss.detach(), "losses/cost_gradient_penalty": penalty.detach()}
 
 
@@ -922,7 +930,7 @@ def compiled(function: Callable, args: Args) -> Callable:
     if not args.compile:
         return function
     started = time.time()
-    torch._dynamo.config.trace_autograd_ops = True  # imports the compiler
+    torch._dynamo.config.trace_autograd_ops = True  # lets it trace autograd.grad; this line imports the compiler
     graph, spent = torch.compile(function, dynamic=False), time.time() - started
 
     def call(*inputs):

@@ -193,6 +193,9 @@ class Args:
     # Cost
     cost_loss: Literal["logistic", "moment"] = "logistic"
     """logistic discriminator with reward softplus(-f), or moment matching with reward -f (paper)"""
+    cost_absorbing: bool = False
+    """with moment: an ended episode counts as staying where the learner's cost is highest, so the reward is that cost minus f, never
+    below 0 by much. For demonstrations that do not end early; without, an agent that can end its episodes does (not in the paper)"""
     cost_data: Literal["recent", "rollout"] = "recent"
     """learner transitions: of training, or of fresh episodes of the current policy in another environment (paper)"""
     cost_window: int = 0
@@ -914,6 +917,8 @@ class Cost(nn.Module):
         self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
         self.bf16 = args.bf16  # of the reward alone: the gradient penalty stays float32
         self.normalise = Normaliser(obs_dim + act_dim)
+        self.absorbing = args.cost_absorbing
+        self.register_buffer("worst", torch.zeros(()))
         for layer in (*self.net.hidden, self.net.output):
             for weight in layer.weight.detach():
                 nn.init.orthogonal_(weight)
@@ -932,7 +937,7 @@ class Cost(nn.Module):
         inputs = self.normalise(torch.cat([obs, action], -1))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
             cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
-        return F.softplus(-cost).clamp(max=10) if self.logistic else -cost
+        return F.softplus(-cost).clamp(max=10) if self.logistic else self.worst - cost
 
 
 class LearnedTermination(nn.Module):
@@ -1026,6 +1031,8 @@ def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torc
     slope = torch.func.grad(lambda x: cost(x).sum())(between)
     penalty = ((slope.square().sum(-1) + 1e-12).sqrt() - args.cost_gp_target).square().mean()
     optimizer.step(torch.autograd.grad(loss + args.cost_gp_weight * penalty, optimizer.params))
+    if cost.absorbing:
+        cost.worst.lerp_(on_learner.detach().max(), 0.01)
     return {"losses/cost": loss.detach(), "losses/cost_gradient_penalty": penalty.detach()}
 
 
