@@ -598,7 +598,7 @@ class Contender:
         one |= dict(
             XLA_FLAGS="--xla_cpu_multi_thread_eigen=false", XLA_PYTHON_CLIENT_PREALLOCATE="false", JAX_PLATFORMS="", MUJOCO_GL="disabled"
         )
-        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the worker writes to it)
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, "--worker", function, json.dumps(arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.complaints, text=True, env={**os.environ, **one},
