@@ -115,8 +115,8 @@ class Args:
     """FILTER: probability that a training episode starts at a demonstrated simulator state (paper: 0.5)"""
 
     # Policy
-    hidden_sizes: tuple[int, ...] = (256, 256)
-    """widths of the hidden layers of the critics, and of the actor"""
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """widths of the hidden layers of the critics, and of the actor (paper: 256 256)"""
     actor_hidden: tuple[int, ...] = ()
     """widths of the actor's hidden layers, if others: a small one cannot realise the expert"""
     normalise_obs: bool = True
@@ -156,9 +156,9 @@ class Args:
     # Cost
     cost_loss: Literal["logistic", "moment"] = "moment"
     """moment matching with reward -f (paper), or a logistic discriminator with reward softplus(-f)"""
-    cost_absorbing: bool = True
-    """with moment: an ended episode counts as staying where the learner's cost is highest, so the reward is that cost minus f, never
-    below 0 by much. For demonstrations that do not end early; without, an agent that can end its episodes does (not in the paper)"""
+    cost_baseline: bool = True
+    """with moment: the reward is the learner's mean cost minus f. Plain -f (paper) has an arbitrary constant, and where it is negative an
+    agent learns to end its episodes"""
     cost_data: Literal["recent", "rollout"] = "recent"
     """learner transitions: of training, or of fresh episodes of the current policy in another environment (paper)"""
     cost_window: int = 0
@@ -167,7 +167,7 @@ class Args:
     """with rollout: episodes a round, every step counted"""
     cost_every: int = 1
     """training steps between rounds of one gradient step (paper: 10,000; Hopper 5,000)"""
-    cost_batch_size: int = 256
+    cost_batch_size: int = 128
     """expert transitions, and learner transitions, of a round (paper: 4,096)"""
     cost_lr: float = 1e-4
     """step size (paper: 8e-4)"""
@@ -181,6 +181,8 @@ class Args:
     """weight of the gradient penalty"""
     cost_gp_target: float = 0.5
     """gradient norm that the penalty asks for, with respect to what the networks see (paper: 0.4)"""
+    cost_hidden_sizes: tuple[int, ...] = (128, 128)
+    """widths of the hidden layers of the cost (paper: 256 256)"""
     cost_members: int = 1
     """networks of the cost"""
     cost_reduce: Literal["min", "mean", "max"] = "min"
@@ -233,10 +235,10 @@ _PAPER = dict(
     total_timesteps=1_400_000, total_train_steps=1_000_000, num_demos=64, demo_noise=0.0, p_tremble=0.01, hidden_sizes=(256, 256),
     actor_hidden=(), normalise_obs=False, critic_layer_norm=False, batch_size=256, actor_lr=7.3e-4, critic_lr=7.3e-4, alpha_lr=7.3e-4,
     alpha=1.0, autotune=True, target_entropy=None, gamma=0.98, tau=0.02, optimistic=True, bc_sample=True, cost_loss="moment",
-    cost_data="rollout", cost_episodes=4, cost_every=10_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True, cost_weight_decay=0.0,
-    cost_normalise=False, cost_absorbing=False, cost_gp_weight=10.0, cost_gp_target=0.4, cost_members=1, cost_clamp=0.0, initial_steps=100,
-    updates_per_step=64, update_every=64, actor_average=0, lr_decay=0, lr_sawtooth=10_000, eval_every=70_000, eval_episodes=10,
-    checkpoint_every=100_000,
+    cost_data="rollout", cost_episodes=4, cost_every=10_000, cost_batch_size=4_096, cost_lr=8e-4, cost_restart=True,
+    cost_weight_decay=0.0, cost_normalise=False, cost_baseline=False, cost_gp_weight=10.0, cost_gp_target=0.4, cost_members=1,
+    cost_hidden_sizes=(256, 256), cost_clamp=0.0, initial_steps=100, updates_per_step=64, update_every=64, actor_average=0, lr_decay=0,
+    lr_sawtooth=10_000, eval_every=70_000, eval_episodes=10, checkpoint_every=100_000,
 )  # fmt: skip
 _SCHEDULES = {"Ant": _A, "Walker2d": _A, "HalfCheetah": _A, "Hopper": _B, "Humanoid": _B}  # HalfCheetah: not in the released code
 PRESETS: dict[str, dict[str, dict]] = {
@@ -253,7 +255,7 @@ PRESETS: dict[str, dict[str, dict]] = {
 }  # fmt: skip
 POSITIVE = """
     total_timesteps num_threads hidden_sizes actor_hidden batch_size actor_lr critic_lr alpha_lr alpha updates_per_step update_every
-    eval_every eval_episodes num_demos initial_steps cost_episodes cost_every cost_batch_size cost_lr cost_members
+    eval_every eval_episodes num_demos initial_steps cost_episodes cost_every cost_batch_size cost_lr cost_hidden_sizes cost_members
 """.split()
 FRACTIONS = ("gamma", "tau", "p_tremble", "reset_prob")
 RESUME_MAY_CHANGE = {"resume", "demos", "total_timesteps", "total_train_steps", "checkpoint_every", "num_threads", "track"}
@@ -815,12 +817,12 @@ class Cost(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.net = StackedMLP(args.cost_members, [obs_dim + act_dim, 256, 256, 1])
+        self.net = StackedMLP(args.cost_members, [obs_dim + act_dim, *args.cost_hidden_sizes, 1])
         self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
         self.bf16 = args.bf16  # of the reward alone: the gradient penalty stays float32
         self.normalise = Normaliser(obs_dim + act_dim)
-        self.absorbing = args.cost_absorbing
-        self.register_buffer("worst", torch.zeros(()))
+        self.subtract_mean = args.cost_baseline
+        self.register_buffer("baseline", torch.zeros(()))
         for layer in (*self.net.hidden, self.net.output):
             for weight in layer.weight.detach():
                 nn.init.orthogonal_(weight)
@@ -839,7 +841,7 @@ class Cost(nn.Module):
         inputs = self.normalise(torch.cat([obs, action], -1))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
             cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
-        return F.softplus(-cost).clamp(max=10) if self.logistic else self.worst - cost
+        return F.softplus(-cost).clamp(max=10) if self.logistic else self.baseline - cost
 
 
 # ---------------------------------------------------------------------------------------------- gradient steps
@@ -899,8 +901,8 @@ def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torc
     slope = torch.func.grad(lambda x: cost(x).sum())(between)
     penalty = ((slope.square().sum(-1) + 1e-12).sqrt() - args.cost_gp_target).square().mean()
     optimizer.step(torch.autograd.grad(loss + args.cost_gp_weight * penalty, optimizer.params))
-    if cost.absorbing:
-        cost.worst.lerp_(on_learner.detach().max(), 0.01)
+    if cost.subtract_mean:
+        cost.baseline.lerp_(on_learner.detach().mean(), 0.01)
     return {"losses/cost": loss.detach(), "losses/cost_gradient_penalty": penalty.detach()}
 
 

@@ -193,9 +193,9 @@ class Args:
     # Cost
     cost_loss: Literal["logistic", "moment"] = "logistic"
     """logistic discriminator with reward softplus(-f), or moment matching with reward -f (paper)"""
-    cost_absorbing: bool = False
-    """with moment: an ended episode counts as staying where the learner's cost is highest, so the reward is that cost minus f, never
-    below 0 by much. For demonstrations that do not end early; without, an agent that can end its episodes does (not in the paper)"""
+    cost_baseline: bool = False
+    """with moment: the reward is the learner's mean cost minus f. Plain -f (paper) has an arbitrary constant, and where it is negative an
+    agent learns to end its episodes"""
     cost_data: Literal["recent", "rollout"] = "recent"
     """learner transitions: of training, or of fresh episodes of the current policy in another environment (paper)"""
     cost_window: int = 0
@@ -218,6 +218,8 @@ class Args:
     """weight of the gradient penalty"""
     cost_gp_target: float = 0.5
     """gradient norm that the penalty asks for, with respect to what the networks see (paper: 0.4)"""
+    cost_hidden_sizes: tuple[int, ...] = (256, 256)
+    """widths of the hidden layers of the cost"""
     cost_members: int = 1
     """networks of the cost (paper: 7)"""
     cost_reduce: Literal["min", "mean", "max"] = "min"
@@ -307,8 +309,8 @@ PRESETS: dict[str, dict[str, dict]] = {
 POSITIVE = """
     total_timesteps num_threads hidden_sizes batch_size actor_lr critic_lr alpha_lr alpha target_update_every updates_per_step
     eval_every eval_episodes num_demos model_members model_elites model_hidden_sizes model_lr model_batch_size model_every
-    model_patience initial_steps rollouts_per_step rollout_retain cost_episodes cost_every cost_batch_size cost_lr cost_members
-    update_every
+    model_patience initial_steps rollouts_per_step rollout_retain cost_episodes cost_every cost_batch_size cost_lr cost_hidden_sizes
+    cost_members update_every
 """.split()
 FRACTIONS = ("gamma", "tau", "p_tremble", "expert_start_prob", "real_share", "expert_share")
 RESUME_MAY_CHANGE = {"resume", "demos", "total_timesteps", "total_train_steps", "checkpoint_every", "num_threads", "track"}
@@ -913,12 +915,12 @@ class Cost(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.net = StackedMLP(args.cost_members, [obs_dim + act_dim, 256, 256, 1])
+        self.net = StackedMLP(args.cost_members, [obs_dim + act_dim, *args.cost_hidden_sizes, 1])
         self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
         self.bf16 = args.bf16  # of the reward alone: the gradient penalty stays float32
         self.normalise = Normaliser(obs_dim + act_dim)
-        self.absorbing = args.cost_absorbing
-        self.register_buffer("worst", torch.zeros(()))
+        self.subtract_mean = args.cost_baseline
+        self.register_buffer("baseline", torch.zeros(()))
         for layer in (*self.net.hidden, self.net.output):
             for weight in layer.weight.detach():
                 nn.init.orthogonal_(weight)
@@ -937,7 +939,7 @@ class Cost(nn.Module):
         inputs = self.normalise(torch.cat([obs, action], -1))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
             cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
-        return F.softplus(-cost).clamp(max=10) if self.logistic else self.worst - cost
+        return F.softplus(-cost).clamp(max=10) if self.logistic else self.baseline - cost
 
 
 class LearnedTermination(nn.Module):
@@ -1031,8 +1033,8 @@ def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torc
     slope = torch.func.grad(lambda x: cost(x).sum())(between)
     penalty = ((slope.square().sum(-1) + 1e-12).sqrt() - args.cost_gp_target).square().mean()
     optimizer.step(torch.autograd.grad(loss + args.cost_gp_weight * penalty, optimizer.params))
-    if cost.absorbing:
-        cost.worst.lerp_(on_learner.detach().max(), 0.01)
+    if cost.subtract_mean:
+        cost.baseline.lerp_(on_learner.detach().mean(), 0.01)
     return {"losses/cost": loss.detach(), "losses/cost_gradient_penalty": penalty.detach()}
 
 
