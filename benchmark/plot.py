@@ -3,7 +3,7 @@
     pip install -r benchmark/requirements.txt && python benchmark/plot.py
 
 Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and benchmark/published/<script>.csv, rewrites
-docs/<script>.png and what stands between `<!-- results <script> -->` and `<!-- end -->` in README.md and docs/.
+docs/<script>.png, docs/ranking.png and what stands between `<!-- results <script> -->` and `<!-- end -->` in README.md and docs/.
 Curves are interquartile means over seeds with 95% stratified bootstrap intervals (rliable, arXiv 2108.13264); with
 fewer than four seeds the interquartile mean is the plain mean.
 """
@@ -18,7 +18,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from rliable import library, metrics
+from rliable import library
+from scipy.stats import trim_mean
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,19 +38,27 @@ def runs(script: str) -> dict[tuple[str, str], list[Path]]:
 
 
 def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Steps [t] that all seeds share, returns [seeds, t], the demonstrations' mean return, and minutes of a run."""
+    """Env steps [t] that all seeds share (cloning: gradient steps), returns [seeds, t], the demonstrations' mean return, minutes of a run."""
     tables = [read(path) for path in paths]
-    shared = sorted(set.intersection(*({int(row["env_steps"]) for row in table} for table in tables)))
-    returns = [[float({int(row["env_steps"]): row for row in table}[t]["eval_return_mean"]) for t in shared] for table in tables]
+    count = "env_steps" if int(tables[0][-1]["env_steps"]) else "updates"
+    shared = sorted(set.intersection(*({int(row[count]) for row in table} for table in tables)))
+    returns = [[float({int(row[count]): row for row in table}[t]["eval_return_mean"]) for t in shared] for table in tables]
     minutes = np.mean([float(table[-1]["wall_time_s"]) for table in tables]) / 60
     return np.array(shared), np.array(returns), float(tables[0][-1]["expert_return"] or "nan"), float(minutes)
+
+
+def clones(paths: list[Path]) -> bool:
+    """Whether these runs took no steps in an environment."""
+    return not int(read(paths[0])[-1]["env_steps"])
 
 
 def iqm(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Interquartile mean [t] over seeds of returns [seeds, t], and its 95% bootstrap interval [2, t]."""
     np.random.seed(0)
     point, interval = library.get_interval_estimates(
-        {"": returns[:, None, :]}, lambda x: np.array([metrics.aggregate_iqm(x[..., t]) for t in range(x.shape[-1])]), reps=2_000
+        {"": returns[:, None, :]},
+        lambda x: trim_mean(x[:, 0], 0.25),  # rliable's aggregate_iqm, of all times at once
+        reps=2_000,
     )
     return point[""], interval[""]
 
@@ -71,16 +80,16 @@ def table(script: str) -> str:
         head += ["expert", "of the expert", "mean of seeds first at 90%", "paper, as many real steps", "paper, as many counted"]
     lines = [head, ["---"] * len(head)]
     for (env_id, variant), (steps, returns, expert, minutes) in found.items():
-        last = returns[:, -10:].mean(1)
-        row = [env_id, variant, f"{len(returns)}", f"{steps[-1]:,}", ", ".join(f"{x:.0f}" for x in last), f"{minutes:.0f}"]
+        last, cloning = returns[:, -10:].mean(1), clones(runs(script)[env_id, variant])
+        row = [env_id, variant, f"{len(returns)}", f"0, {steps[-1]:,} updates" if cloning else f"{steps[-1]:,}", ", ".join(f"{x:.0f}" for x in last), f"{minutes:.0f}"]
         if imitates:
-            reached = steps[np.array([metrics.aggregate_iqm(at) for at in returns.T]) >= 0.9 * expert]
+            reached = steps[trim_mean(returns, 0.25) >= 0.9 * expert]
             theirs = []
             for column in ("real_k_steps", "counted_k_steps"):  # their last evaluation until then, relative to their expert
                 rows = [r for r in published(script).get(env_id.rpartition("-")[0], []) if r.get("variant", variant) == variant]
                 until = [r for r in rows if float(r[column]) <= steps[-1] / 1_000]
                 theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "-")
-            first = f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
+            first = "-" if cloning else f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
             row += [f"{expert:.0f}", f"{100 * last.mean() / expert:.0f}%", first, *theirs]
         lines.append(row)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -91,9 +100,12 @@ def picture(script: str) -> None:
     envs = list(dict.fromkeys(env_id for env_id, _ in results))
     figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 3.4), squeeze=False, layout="constrained")
     for ax, env_id in zip(axes[0], envs, strict=True):
-        for variant in [variant for name, variant in results if name == env_id]:
+        for variant in [variant for name, variant in results if name == env_id and not variant.endswith(("demo", "demos"))]:
             steps, returns, expert, _ = curve(results[env_id, variant])
             scale = expert if np.isfinite(expert) else 1.0
+            if clones(results[env_id, variant]):
+                ax.axhline(returns[:, -10:].mean() / scale, color="k", ls="-.", lw=0.8, label=f"cloning alone ({variant})")
+                continue
             point, interval = iqm(returns)
             (line,) = ax.plot(
                 steps / 1_000, point / scale, label=f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted"
@@ -119,6 +131,8 @@ def picture(script: str) -> None:
             ax.axhline(float(rows[0]["bc"]) / float(rows[0]["expert"]), color="grey", lw=0.8, ls="-.", label="published behaviour cloning")
             ax.set_xlim(0, max(end, 1.5 * float(rows[min(4, len(rows) - 1)]["counted_k_steps"])))
         ax.set(title=env_id, xlabel="thousand env steps", ylabel="return")
+        if any("variant" in row for row in theirs.get(env_id.rpartition("-")[0], [])):
+            ax.set(xscale="log", xlim=(4, None))
         if np.isfinite(expert):
             ax.axhline(1, color="grey", lw=0.8)
             ax.set(ylabel="return / expert's", ylim=(-0.1, 1.15))
@@ -127,7 +141,43 @@ def picture(script: str) -> None:
     plt.close(figure)
 
 
+def ranking() -> None:
+    """HyPER beside HyPE, MM and GAIL, ours and the published ones: by all real steps, and by the steps that the official curves count."""
+    lines = [("hyper", "default", "HyPER"), ("hype", "hype", "HyPE"), ("hype", "mm", "MM"), ("hype", "gail", "off-policy GAIL")]
+    ours = {name: {env_id: paths for (env_id, v), paths in runs(script).items() if v == variant} for script, variant, name in lines}
+    envs = sorted(set(ours["HyPER"]) & set(ours["HyPE"]))
+    if not envs:
+        return
+    figure, axes = plt.subplots(2, len(envs), figsize=(4.5 * len(envs), 6.4), squeeze=False, sharey=True, layout="constrained")
+    counts = ("real_k_steps", "all real steps"), ("counted_k_steps", "steps as the official code counts")
+    for (ax, (column, label)), (i, env_id) in ((pair, e) for e in enumerate(envs) for pair in zip(axes[:, e[0]], counts, strict=True)):
+        for (script, variant, name), color in zip(lines, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False):
+            if env_id in ours[name]:
+                steps, returns, expert, _ = curve(ours[name][env_id])
+                if column == "counted_k_steps":  # without the cost's rollouts (which our defaults do not take) and HyPER's first 1,000
+                    rows = {int(row["env_steps"]): row for row in read(ours[name][env_id][0])}
+                    about = json.loads(ours[name][env_id][0].with_suffix(".json").read_text())["args"]
+                    uncounted = about["initial_steps"] if script == "hyper" else 0
+                    steps = np.array([float(rows[t]["charts/train_steps"] or 0) - uncounted for t in steps])
+                point, interval = iqm(returns)
+                ax.plot(steps / 1_000, point / expert, color=color, label=f"{name}, {len(returns)} seed{'s' * (len(returns) > 1)}")
+                ax.fill_between(steps / 1_000, *(interval / expert), alpha=0.2, color=color, lw=0)
+            theirs = published(script).get(env_id.rpartition("-")[0], [])
+            theirs = [row for row in theirs if row.get("variant", variant) == variant]
+            if theirs:
+                share = [float(row["return"]) / float(row["expert"]) for row in theirs]
+                ax.plot([float(row[column]) for row in theirs], share, "--", lw=1, color=color, label=f"{name}, published")
+        ax.axhline(1, color="grey", lw=0.8)
+        ax.axhline(0.9, color="grey", lw=0.8, ls=":")
+        ax.set(title=env_id, xlabel=f"thousand {label}", xscale="log", xlim=(1, None), ylim=(-0.1, 1.15))
+        ax.set_ylabel("return / expert's" if i == 0 else None)
+        ax.legend(fontsize=6, loc="best")
+    figure.savefig(ROOT / "docs" / "ranking.png", dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
+    ranking()
     for script in sorted(path.name for path in (ROOT / "benchmark" / "results").iterdir() if runs(path.name)):
         for path in (path for paths in runs(script).values() for path in paths):
             about = json.loads(path.with_suffix(".json").read_text())["args"]

@@ -617,15 +617,14 @@ def test_hyper_imitates(tmp_path, demos):
     assert last["eval_success_rate"] > 0.8
 
 
-def test_hype_and_cloning_imitate(tmp_path, demos):
+def test_hype_imitates(tmp_path, demos):
     argv = f"""--demos {demos} --num-demos 5 --hidden-sizes 32 32 --cost-hidden-sizes 32 32 --batch-size 64 --cost-batch-size 64
-        --initial-steps 200 --cost-lr 1e-3 --actor-lr 1e-3 --critic-lr 1e-3 --gamma 0.9 --eval-every 500 --eval-episodes 10""".split()
-    for algo, steps, share in ("hype", "1500", 0.7), ("bc", "1000", 0.9):
-        words = ["--algo", algo, "--total-timesteps", steps, "--seed", "3", "--run-dir", tmp_path / algo]
-        last = run(hype, [*POINT, *argv, *words])
-        assert last["eval_return_mean"] > share * last["expert_return"] > share * 45
-        assert float(rows(tmp_path / algo)[0]["eval_return_mean"]) < 0.2 * last["expert_return"]
-        assert last["eval_success_rate"] > 0.8
+        --initial-steps 200 --cost-lr 1e-3 --actor-lr 1e-3 --critic-lr 1e-3 --gamma 0.9 --total-timesteps 1500 --eval-every 500
+        --eval-episodes 10""".split()
+    last = run(hype, [*POINT, *argv, "--seed", "3", "--run-dir", tmp_path])
+    assert last["eval_return_mean"] > 0.7 * last["expert_return"] > 0.7 * 45
+    assert float(rows(tmp_path)[0]["eval_return_mean"]) < 0.2 * last["expert_return"]
+    assert last["eval_success_rate"] > 0.8
 
 
 def test_launcher_files_each_seed_and_goes_on_where_one_stopped(tmp_path):
