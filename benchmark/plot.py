@@ -38,7 +38,7 @@ def runs(script: str) -> dict[tuple[str, str], list[Path]]:
 
 
 def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Env steps [t] that all seeds share (cloning: gradient steps), returns [seeds, t], the demonstrations' mean return, minutes of a run."""
+    """Env steps [t] that all seeds share (cloning: updates), returns [seeds, t], the demonstrations' mean return, minutes of a run."""
     tables = [read(path) for path in paths]
     count = "env_steps" if int(tables[0][-1]["env_steps"]) else "updates"
     shared = sorted(set.intersection(*({int(row[count]) for row in table} for table in tables)))
@@ -81,7 +81,8 @@ def table(script: str) -> str:
     lines = [head, ["---"] * len(head)]
     for (env_id, variant), (steps, returns, expert, minutes) in found.items():
         last, cloning = returns[:, -10:].mean(1), clones(runs(script)[env_id, variant])
-        row = [env_id, variant, f"{len(returns)}", f"0, {steps[-1]:,} updates" if cloning else f"{steps[-1]:,}", ", ".join(f"{x:.0f}" for x in last), f"{minutes:.0f}"]
+        row = [env_id, variant, f"{len(returns)}", f"0, {steps[-1]:,} updates" if cloning else f"{steps[-1]:,}"]
+        row += [", ".join(f"{x:.0f}" for x in last), f"{minutes:.0f}"]
         if imitates:
             reached = steps[trim_mean(returns, 0.25) >= 0.9 * expert]
             theirs = []
