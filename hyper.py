@@ -194,8 +194,8 @@ class Args:
     cost_loss: Literal["logistic", "moment"] = "logistic"
     """logistic discriminator with reward softplus(-f), or moment matching with reward -f (paper)"""
     cost_baseline: bool = False
-    """with moment: the reward is the learner's mean cost minus f. Plain -f (paper) has an arbitrary constant, and where it is negative an
-    agent learns to end its episodes"""
+    """with moment: reward softplus(m - f), where m is the mean cost of learner transitions, instead of -f (paper), whose constant is
+    arbitrary: where it is negative, an agent learns to end its episodes"""
     cost_data: Literal["recent", "rollout"] = "recent"
     """learner transitions: of training, or of fresh episodes of the current policy in another environment (paper)"""
     cost_window: int = 0
@@ -919,7 +919,7 @@ class Cost(nn.Module):
         self.reduce, self.clamp, self.logistic = args.cost_reduce, args.cost_clamp, args.cost_loss == "logistic"
         self.bf16 = args.bf16  # of the reward alone: the gradient penalty stays float32
         self.normalise = Normaliser(obs_dim + act_dim)
-        self.subtract_mean = args.cost_baseline
+        self.subtract_mean = args.cost_baseline and not self.logistic
         self.register_buffer("baseline", torch.zeros(()))
         for layer in (*self.net.hidden, self.net.output):
             for weight in layer.weight.detach():
@@ -939,7 +939,7 @@ class Cost(nn.Module):
         inputs = self.normalise(torch.cat([obs, action], -1))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.bf16):
             cost = self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
-        return F.softplus(-cost).clamp(max=10) if self.logistic else self.baseline - cost
+        return F.softplus(self.baseline - cost).clamp(max=10) if self.logistic or self.subtract_mean else -cost
 
 
 class LearnedTermination(nn.Module):

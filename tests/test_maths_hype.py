@@ -1,5 +1,6 @@
 """HyPE's blocks against hand calculation or a second method. Numbers in the names refer to the reference page's tests."""
 
+import itertools
 import re
 from dataclasses import asdict
 
@@ -299,16 +300,17 @@ def test_every_method_runs_and_resumes_exactly(algo, tmp_path):
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts") and len(rows(tmp_path / "whole")) == 5
 
 
-def test_the_reward_is_the_learners_mean_cost_minus_the_cost():
-    """A running mean over its batches, so that an ended episode (0) is worth as much as the learner's average transition."""
+def test_the_reward_is_the_softplus_of_the_learners_mean_cost_minus_the_cost():
+    """A running mean over the learner's batches. Without: minus the cost. The logistic loss has no baseline."""
     torch.manual_seed(0)
     expert, learner, mix = torch.randn(64, 5), torch.randn(64, 5) + 1, torch.rand(64, 1)
-    for subtract in (False, True):
-        cost, mean = hype.Cost(3, 2, args := hype.Args(cost_baseline=subtract)), 0.0
+    for loss, subtract in itertools.product(("moment", "logistic"), (False, True)):
+        cost, mean = hype.Cost(3, 2, args := hype.Args(cost_baseline=subtract, cost_loss=loss)), 0.0
         optimizer = hype.Adam(cost.parameters(), 1e-3)
-        for _ in range(300):
-            mean += 0.01 * (cost(learner).mean().item() - mean) * subtract
+        for _ in range(150):
+            mean += 0.01 * (cost(learner).mean().item() - mean)
             hype.cost_update(cost, optimizer, expert, learner, mix, args)
-        reward = cost.reward(learner[:, :3], learner[:, 3:])
-        torch.testing.assert_close(reward, mean - cost(learner), rtol=1e-4, atol=1e-4)
-        assert abs(reward.mean()) < 0.5 if subtract else abs(reward.mean()) > 1
+        f = cost(learner)
+        expected = torch.log1p(torch.exp(-f if loss == "logistic" else mean - f)) if subtract or loss == "logistic" else -f
+        torch.testing.assert_close(cost.reward(learner[:, :3], learner[:, 3:]), expected, rtol=1e-3, atol=1e-3)
+        assert (abs(cost.baseline) > 0.3) == (subtract and loss == "moment") and abs(mean) > 0.1
