@@ -242,7 +242,7 @@ _PAPER = dict(
 )  # fmt: skip
 _SCHEDULES = {"Ant": _A, "Walker2d": _A, "HalfCheetah": _A, "Hopper": _B, "Humanoid": _B}  # HalfCheetah: not in the released code
 PRESETS: dict[str, dict[str, dict]] = {
-    "default": {**_METHODS, "gail": _GAIL, "bc": dict(total_timesteps=20_000, eval_every=2_000)},
+    "default": {**_METHODS, "gail": _GAIL, "bc": dict(total_timesteps=20_000, eval_every=5_000, eval_episodes=20)},
     "paper": {"*": _PAPER, **_METHODS}
     | {"bc": dict(total_timesteps=300_000, actor_lr=3e-4, optimistic=False, eval_every=300_000, eval_episodes=50)}
     | {f"Hopper-v{v}": dict(total_timesteps=1_800_000, cost_every=5_000, lr_sawtooth=5_000, eval_every=90_000) for v in (4, 5)}
@@ -334,10 +334,13 @@ def check_args(args: Args) -> None:
         fail(f"--hybrid-ratio: one share, or r0 r1 t1 r2 t2 with shares r up to 1, got {args.hybrid_ratio}")
     if len(args.hybrid_ratio) == 5 and not 0 < args.hybrid_ratio[2] < args.hybrid_ratio[4]:
         fail(f"--hybrid-ratio: gradient steps t1 and t2 must increase, got {args.hybrid_ratio}")
+    if args.reset_prob == 1 and args.cost_data == "recent":
+        fail("--reset-prob 1: no episode is left for the cost to learn from; lower it, or take --cost-data rollout")
     if args.algo == "bc" and (args.reset_prob or args.bc_weight or any(ratios)):
         fail("--algo bc clones and does nothing else: --reset-prob, --bc-weight and --hybrid-ratio have no meaning there")
-    if args.total_timesteps <= args.initial_steps and not args.eval_only and args.algo != "bc":
-        fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.initial_steps} (--initial-steps)")
+    for flag, steps in ("--total-timesteps", args.total_timesteps), ("--total-train-steps", args.total_train_steps or math.inf):
+        if steps <= args.initial_steps and not args.eval_only and args.algo != "bc":
+            fail(f"{flag} {steps}: nothing is learned in the first {args.initial_steps} (--initial-steps)")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track: wandb is not installed; pip install wandb")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
@@ -902,11 +905,11 @@ def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torc
     penalty = ((slope.square().sum(-1) + 1e-12).sqrt() - args.cost_gp_target).square().mean()
     optimizer.step(torch.autograd.grad(loss + args.cost_gp_weight * penalty, optimizer.params))
     if cost.subtract_mean:
-        cost.baseline.lerp_(on_learner.detach().mean(), 0.01)
+        cost.baseline.lerp_(on_learner.detach().mean(), (1 / optimizer.steps).clamp(min=0.01))  # at first a plain mean
     return {"losses/cost": loss.detach(), "losses/cost_gradient_penalty": penalty.detach()}
 
 
-def expert_share(schedule: tuple[float, ...], updates: int) -> float:
+def hybrid_share(schedule: tuple[float, ...], updates: int) -> float:
     """Share of expert rows in the batch after so many gradient steps: constant, or r0 to r1 in t1 steps, then to r2 at t2."""
     if len(schedule) == 1:
         return schedule[0]
@@ -1238,14 +1241,15 @@ def train(args: Args) -> dict:
 
     def evaluate_and_save_policy() -> None:
         env_steps = counters["env_steps"]
-        check_finite({**log.sums, **dict(average_actor.named_parameters())}, env_steps)
+        at = counters["updates"] if cloning else env_steps
+        check_finite({**log.sums, **dict(average_actor.named_parameters())}, at)
         if len(real):
             on_expert, on_policy = expert.split(expert.rows), real.split(real.newest(1_000))
             on_expert, on_policy = (cost.reward(b.obs, b.action).mean() for b in (on_expert, on_policy))
             log.add({"reward/expert": on_expert, "reward/policy": on_policy, "reward/gap": on_expert - on_policy})
         log.add({"charts/train_steps": counters["train_steps"], "charts/cost_rollout_steps": counters["cost_rollout_steps"]})
-        video = run_dir / "videos" / f"step-{env_steps}" if args.capture_video else None
-        evaluation = evaluate(average_actor, eval_env, args.eval_episodes, [args.seed, 1, env_steps], args.p_tremble, video)
+        video = run_dir / "videos" / f"step-{at}" if args.capture_video else None
+        evaluation = evaluate(average_actor, eval_env, args.eval_episodes, [args.seed, 1, at], args.p_tremble, video)
         log.row(env_steps, counters["updates"], evaluation, expert_return)
         policy = policy_content(average_actor, env, args, env_steps)
         write_atomically(run_dir / "policy.pt", lambda file: torch.save(policy, file))
@@ -1259,7 +1263,7 @@ def train(args: Args) -> dict:
                 network.normalise.fit(*(rows[:, :obs_dim] for rows in sources))
 
     def update_policy(lr_share: float) -> None:
-        n = round(expert_share(args.hybrid_ratio, counters["updates"]) * args.batch_size)
+        n = round(hybrid_share(args.hybrid_ratio, counters["updates"]) * args.batch_size)
         shares = {real: args.batch_size - n, expert: n}
         rows = [b.sample((args.updates_per_step, n), streams["replay"]) for b, n in shares.items() if n]
         batches = real.split(torch.cat(rows, 1))
@@ -1391,7 +1395,8 @@ def train(args: Args) -> dict:
     log.bar.close()
     log.writer.close()
     if stop.received:
-        print(f"{SCRIPT}: stopped at env step {env_steps}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
+        at = f"update {counters['updates']}" if cloning else f"env step {env_steps}"
+        print(f"{SCRIPT}: stopped at {at}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     print(f"{SCRIPT}: done, the policy is {run_dir / 'policy.pt'}", file=sys.stderr)
     return log.rows[-1]

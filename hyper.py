@@ -389,8 +389,9 @@ def check_args(args: Args) -> None:
         fail(f"--real-share {args.real_share} and --expert-share {args.expert_share} are more than the whole batch")
     if round(args.real_share * args.batch_size) + round(args.expert_share * args.batch_size) > args.batch_size:
         fail(f"--batch-size {args.batch_size}: the rounded shares of real and expert rows are more than the batch")
-    if args.total_timesteps <= args.initial_steps and not args.eval_only:
-        fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.initial_steps} (--initial-steps)")
+    for flag, steps in ("--total-timesteps", args.total_timesteps), ("--total-train-steps", args.total_train_steps or math.inf):
+        if steps <= args.initial_steps and not args.eval_only:
+            fail(f"{flag} {steps}: nothing is learned in the first {args.initial_steps} (--initial-steps)")
     if args.bc_weight and not round(args.expert_share * args.batch_size):
         fail(f"--bc-weight {args.bc_weight}: there are no expert rows in the batch with --expert-share {args.expert_share}")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -1034,7 +1035,7 @@ def cost_update(cost: Cost, optimizer: Adam, expert: torch.Tensor, learner: torc
     penalty = ((slope.square().sum(-1) + 1e-12).sqrt() - args.cost_gp_target).square().mean()
     optimizer.step(torch.autograd.grad(loss + args.cost_gp_weight * penalty, optimizer.params))
     if cost.subtract_mean:
-        cost.baseline.lerp_(on_learner.detach().mean(), 0.01)
+        cost.baseline.lerp_(on_learner.detach().mean(), (1 / optimizer.steps).clamp(min=0.01))  # at first a plain mean
     return {"losses/cost": loss.detach(), "losses/cost_gradient_penalty": penalty.detach()}
 
 
@@ -1399,6 +1400,8 @@ def train(args: Args) -> dict:
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or str(Path(__file__).parent / "demos" / f"{re.sub('[/:]', '-', args.env_id)}.npz")
     expert_rows, expert_return = load_demos(demos, args.env_id, env, args.num_demos)
+    expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D_E
+    expert.extend(expert_rows)
     terminates = termination_rule(args)
 
     agent = Agent(obs_dim, act_dim, args).to(device)
@@ -1407,8 +1410,6 @@ def train(args: Args) -> dict:
     dynamics_optimizer = Adam(dynamics.parameters(), args.model_lr, args.model_weight_decay).to(device)
     cost = Cost(obs_dim, act_dim, args).to(device)
     cost_optimizer = Adam(cost.parameters(), args.cost_lr, args.cost_weight_decay, optimistic=args.cost_restart).to(device)
-    expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D_E
-    expert.extend(expert_rows)
     limit = min(args.total_train_steps or args.total_timesteps, args.total_timesteps)
     real = ReplayBuffer(limit, obs_dim, act_dim, device)  # D_pi
     hybrid = ReplayBuffer(args.hybrid_size or 1, obs_dim, act_dim, device)  # D_hyb, if it is a queue of its own

@@ -42,6 +42,7 @@ def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, float, float]:
     tables = [read(path) for path in paths]
     count = "env_steps" if int(tables[0][-1]["env_steps"]) else "updates"
     shared = sorted(set.intersection(*({int(row[count]) for row in table} for table in tables)))
+    assert len(shared) > 1, f"{paths[0].parent}: seeds were not evaluated at the same steps"
     returns = [[float({int(row[count]): row for row in table}[t]["eval_return_mean"]) for t in shared] for table in tables]
     minutes = np.mean([float(table[-1]["wall_time_s"]) for table in tables]) / 60
     return np.array(shared), np.array(returns), float(tables[0][-1]["expert_return"] or "nan"), float(minutes)
@@ -75,12 +76,13 @@ def table(script: str) -> str:
     """Markdown rows, one for each environment and variant; without demonstrations, without the columns about them."""
     found = {key: curve(paths) for key, paths in runs(script).items()}
     imitates = any(np.isfinite(expert) for *_, expert, _ in found.values())
-    head = ["environment", "variant", "seeds", "env steps", "last ten evaluations, each seed", "minutes a run"]
+    head = ["environment", "variant", "seeds", "env steps", "last ten evaluations (cloning: the last), each seed", "minutes a run"]
     if imitates:
         head += ["expert", "of the expert", "mean of seeds first at 90%", "paper, as many real steps", "paper, as many counted"]
     lines = [head, ["---"] * len(head)]
     for (env_id, variant), (steps, returns, expert, minutes) in found.items():
-        last, cloning = returns[:, -10:].mean(1), clones(runs(script)[env_id, variant])
+        cloning = clones(runs(script)[env_id, variant])
+        last = returns[:, -1 if cloning else -10 :].mean(1)
         row = [env_id, variant, f"{len(returns)}", f"0, {steps[-1]:,} updates" if cloning else f"{steps[-1]:,}"]
         row += [", ".join(f"{x:.0f}" for x in last), f"{minutes:.0f}"]
         if imitates:
@@ -88,6 +90,8 @@ def table(script: str) -> str:
             theirs = []
             for column in ("real_k_steps", "counted_k_steps"):  # their last evaluation until then, relative to their expert
                 rows = [r for r in published(script).get(env_id.rpartition("-")[0], []) if r.get("variant", variant) == variant]
+                if column == "real_k_steps" and "filter" in variant:
+                    rows = []  # nobody knows how many steps its resets replayed
                 until = [r for r in rows if float(r[column]) <= steps[-1] / 1_000]
                 theirs.append(f"{100 * float(until[-1]['return']) / float(until[-1]['expert']):.0f}%" if until else "-")
             first = "-" if cloning else f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
@@ -101,11 +105,12 @@ def picture(script: str) -> None:
     envs = list(dict.fromkeys(env_id for env_id, _ in results))
     figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 3.4), squeeze=False, layout="constrained")
     for ax, env_id in zip(axes[0], envs, strict=True):
+        expert = float("nan")
         for variant in [variant for name, variant in results if name == env_id and not variant.endswith(("demo", "demos"))]:
             steps, returns, expert, _ = curve(results[env_id, variant])
             scale = expert if np.isfinite(expert) else 1.0
             if clones(results[env_id, variant]):
-                ax.axhline(returns[:, -10:].mean() / scale, color="k", ls="-.", lw=0.8, label=f"cloning alone ({variant})")
+                ax.axhline(returns[:, -1].mean() / scale, color="k", ls="-.", lw=0.8, label=f"cloning alone ({variant})")
                 continue
             point, interval = iqm(returns)
             (line,) = ax.plot(
@@ -121,7 +126,7 @@ def picture(script: str) -> None:
                     "--",
                     lw=0.8,
                     color=line.get_color(),
-                    label=f"{variant}, published",
+                    label=f"{variant}, published, steps as counted there",
                 )
         rows = [row for row in theirs.get(env_id.rpartition("-")[0], []) if "variant" not in row]
         if rows:  # each relative to its own expert; their step counts on both axes

@@ -64,6 +64,16 @@ def test_every_metric_is_explained(script):
         assert f"`{metric}`" in page, metric
 
 
+@pytest.mark.parametrize("script", MODULES)
+def test_functions_of_the_equation_table_exist(script):
+    source, page = (ROOT / f"{script}.py").read_text(), (ROOT / "docs" / f"{script}.md").read_text()
+    table = page.partition("## Equation to function")[2].partition("\n## ")[0]
+    named = {name for row in table.splitlines() if row.startswith("| ") for name in re.findall(r"`([\w.]+)`", row.split(" | ")[1])}
+    assert len(named) > 2
+    for name in named:
+        assert re.search(rf"\b{name.split('.')[-1]}\b", source), name
+
+
 def test_no_committed_file_is_large():
     for path in ROOT.rglob("*"):
         if path.is_file() and not {".git", "runs", ".venv", ".ruff_cache"} & set(path.relative_to(ROOT).parts):

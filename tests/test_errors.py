@@ -60,6 +60,8 @@ WRONG = [
     (hype, [*HOPPER, "--hybrid-ratio", "1.2"], r"--hybrid-ratio: .* shares r up to 1"),
     (hype, [*HOPPER, "--hybrid-ratio", "0.2", "0.1", "9", "0.1", "3"], r"t1 and t2 must increase"),
     (hype, [*HOPPER, "--total-timesteps", "900"], r"nothing is learned in the first 1000 \(--initial-steps\)"),
+    (hype, [*HOPPER, "--total-train-steps", "900"], r"--total-train-steps 900: nothing is learned in the first 1000"),
+    (hype, [*HOPPER, "--algo", "filter", "--reset-prob", "1"], r"no episode is left for the cost"),
     (hype, [*HOPPER, "--algo", "gail", "--preset", "paper"], r"gail is not one of the paper's methods"),
     (hype, [*HOPPER, "--algo", "bc", "--reset-prob", "0.5"], r"--algo bc clones and does nothing else"),
     (hype, [*HOPPER, "--reset-prob", "2"], r"--reset-prob must be between 0 and 1, got 2.0"),

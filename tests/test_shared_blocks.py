@@ -34,6 +34,12 @@ def test_shared_blocks_are_the_same_everywhere():
                 assert text == known, f"{name} differs between {where} and {path.name}: run tests/sync_blocks.py {where}:{name}"
 
 
+def test_the_imitation_scripts_share_their_sac():
+    """Of the wanted differences, this one is to sac.py alone."""
+    of = {path.name: blocks(path)["sac_update"] for path in SCRIPTS if path.name != "sac.py"}
+    assert len(of) > 1 and len(set(of.values())) == 1, of.keys()
+
+
 def test_shared_blocks_stand_in_the_same_order():
     orders = {path.name: list(blocks(path)) for path in SCRIPTS}
     for one, names in orders.items():
