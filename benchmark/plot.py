@@ -101,48 +101,46 @@ def table(script: str) -> str:
 
 
 def picture(script: str) -> None:
+    """One panel for each environment of our results or of curves published by variant; published ones relative to their own expert."""
     results, theirs = runs(script), published(script)
-    envs = list(dict.fromkeys(env_id for env_id, _ in results))
+    envs = list(dict.fromkeys(env_id for (env_id, _), paths in results.items() if not clones(paths)))
+    envs += [f"{robot}-v4" for robot, rows in theirs.items() if "variant" in rows[0] and f"{robot}-v4" not in envs]
+    variants = dict.fromkeys(variant for _, variant in results if not variant.endswith(("demo", "demos")))  # those have a table
+    colors = dict(zip(variants, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 3.4), squeeze=False, layout="constrained")
     for ax, env_id in zip(axes[0], envs, strict=True):
-        expert = float("nan")
-        for variant in [variant for name, variant in results if name == env_id and not variant.endswith(("demo", "demos"))]:
+        rows, scale = theirs.get(env_id.rpartition("-")[0], []), 1.0
+        for variant in (variant for variant in variants if (env_id, variant) in results):
             steps, returns, expert, _ = curve(results[env_id, variant])
             scale = expert if np.isfinite(expert) else 1.0
             if clones(results[env_id, variant]):
                 ax.axhline(returns[:, -1].mean() / scale, color="k", ls="-.", lw=0.8, label=f"cloning alone ({variant})")
                 continue
             point, interval = iqm(returns)
-            (line,) = ax.plot(
-                steps / 1_000, point / scale, label=f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted"
-            )
-            ax.fill_between(steps / 1_000, *(interval / scale), alpha=0.2, color=line.get_color(), lw=0)
-            rows = [row for row in theirs.get(env_id.rpartition("-")[0], []) if row.get("variant") == variant]
-            if rows:  # relative to its own expert, as its steps are counted there
-                share = [float(row["return"]) / float(row["expert"]) for row in rows]
-                ax.plot(
-                    [float(row["counted_k_steps"]) for row in rows],
-                    share,
-                    "--",
-                    lw=0.8,
-                    color=line.get_color(),
-                    label=f"{variant}, published, steps as counted there",
-                )
-        rows = [row for row in theirs.get(env_id.rpartition("-")[0], []) if "variant" not in row]
-        if rows:  # each relative to its own expert; their step counts on both axes
-            share = [float(row["return"]) / float(row["expert"]) for row in rows]
-            end = max(ax.get_xlim()[1], 1.5 * float(rows[0]["real_k_steps"]))
-            ax.plot([float(row["counted_k_steps"]) for row in rows], share, "k--", lw=1, label="published, steps as counted there")
-            ax.plot([float(row["real_k_steps"]) for row in rows], share, "k:", lw=1, label="published, upper bound of all steps")
-            ax.axhline(float(rows[0]["bc"]) / float(rows[0]["expert"]), color="grey", lw=0.8, ls="-.", label="published behaviour cloning")
-            ax.set_xlim(0, max(end, 1.5 * float(rows[min(4, len(rows) - 1)]["counted_k_steps"])))
+            label = f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted"
+            ax.plot(steps / 1_000, point / scale, color=colors[variant], label=label)
+            ax.fill_between(steps / 1_000, *(interval / scale), alpha=0.2, color=colors[variant], lw=0)
+        for variant in dict.fromkeys(row.get("variant") for row in rows):
+            one = [row for row in rows if row.get("variant") == variant]
+            share = [float(row["return"]) / float(row["expert"]) for row in one]
+            counted, real = ([float(row[column]) for row in one] for column in ("counted_k_steps", "real_k_steps"))
+            if variant:
+                label = f"{variant}, published, steps as counted there"
+                ax.plot(counted, share, "--", lw=0.8, color=colors.get(variant, "grey"), label=label)
+            else:
+                ax.set_xlim(0, max(ax.get_xlim()[1], 1.5 * real[0], 1.5 * counted[min(4, len(one) - 1)]))
+                ax.plot(counted, share, "k--", lw=1, label="published, steps as counted there")
+                ax.plot(real, share, "k:", lw=1, label="published, upper bound of all steps")
+        if rows:
+            cloned = float(rows[0]["bc"]) / float(rows[0]["expert"])
+            ax.axhline(cloned, color="grey", lw=0.8, ls="-.", label="published behaviour cloning")
         ax.set(title=env_id, xlabel="thousand env steps", ylabel="return")
-        if any("variant" in row for row in theirs.get(env_id.rpartition("-")[0], [])):
+        if rows and "variant" in rows[0]:
             ax.set(xscale="log", xlim=(4, None))
-        if np.isfinite(expert):
+        if rows or scale != 1:
             ax.axhline(1, color="grey", lw=0.8)
             ax.set(ylabel="return / expert's", ylim=(-0.1, 1.15))
-        ax.legend(fontsize=6, loc="lower right")
+        ax.legend(fontsize=5, loc="lower right")
     figure.savefig(ROOT / "docs" / f"{script}.png", dpi=130)
     plt.close(figure)
 
