@@ -573,8 +573,8 @@ def reset_to_experts(env: gym.Env, path: str, expert: "Batch", args: Args) -> Ex
 
     data = load_npz(path) if not path.startswith("minari:") else {}
     if "states" not in data:
-        fail(f"--reset-prob: {path} holds no simulator states; record some: python sac.py --eval-only "
-             f"--checkpoint demos/experts/{args.env_id}.pt --record-demos my.npz (MuJoCo's robots only)")  # fmt: skip
+        fail(f"--reset-prob: {path} has no array 'states', the simulator's (demos/README.md); of a MuJoCo robot's policy, record some: "
+             "python sac.py --eval-only --checkpoint POLICY --record-demos recorded.npz (demos/experts has policies)")  # fmt: skip
     ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
     begins = np.array([0, *ends[:-1]])
     elapsed = [np.arange(0, end - begin, STATE_EVERY) for begin, end in zip(begins, ends, strict=True)]

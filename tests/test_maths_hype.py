@@ -87,7 +87,7 @@ def drop(name):
 
 
 WRONG_STATES = {
-    r"Hopper-v4.npz holds no simulator states; record some: python sac.py --eval-only --checkpoint .*--record-demos": drop("states"),
+    r"Hopper-v4.npz has no array 'states', .*: python sac.py --eval-only --checkpoint POLICY --record-demos": drop("states"),
     r"a state of \d+ numbers for each 4th step, \(2500, \d+\) in all; it holds \(10000,": lambda d: d.update(
         states=np.repeat(d["states"], 4, 0)
     ),
