@@ -502,10 +502,16 @@ class ResumableEnv(gym.Wrapper):
         self.episode_seed, self.episode_return = state["episode_seed"], state["episode_return"]
 
 
-def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int) -> tuple[torch.Tensor, float]:
-    """Expert transitions [n, width] in the replay buffer's layout (actions in [-1, 1], rewards 0), and their mean return."""
+def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int, needs_actions: bool = True) -> tuple[torch.Tensor, float]:
+    """Expert transitions [n, width] in the replay buffer's layout (actions in [-1, 1], rewards 0), and their mean return.
+
+    Where actions are not needed, a file may have none: they become NaN.
+    """
     data = load_minari(source[7:]) if source.startswith("minari:") else load_npz(source)
     where, obs_dim, act_dim = f"--demos {source}:", env.observation_space.shape[0], env.action_space.shape[0]
+    has_actions = needs_actions or "actions" in data
+    if not has_actions:
+        data["actions"] = np.zeros((len(data.get("observations", ())), act_dim), np.float32)
     try:
         recorded = json.loads(str(data.get("metadata", "{}"))).get("env_id")
     except (ValueError, AttributeError):
@@ -542,7 +548,7 @@ def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int) -> tuple[
     actions = 2 * (data["actions"][:n] - low) / (high - low) - 1
     columns = [
         data["observations"][:n],
-        actions.clip(-1 + 1e-6, 1 - 1e-6),
+        actions.clip(-1 + 1e-6, 1 - 1e-6) if has_actions else np.full((n, act_dim), np.nan),
         data["next_observations"][:n],
         np.zeros((n, 1)),
         data["terminations"][:n, None],

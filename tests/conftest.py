@@ -16,6 +16,10 @@ TINY_SAC = [*TINY, "--buffer-size", "1000", "--learning-starts", "60"]
 TINY_HYPER = [*TINY, "--model-hidden-sizes", "16", "16", "--model-every", "30", "--model-first-batches", "20", "--model-max-batches", "5",
               "--initial-steps", "60", "--updates-per-step", "2", "--num-demos", "4", "--rollouts-per-step", "4"]  # fmt: skip
 TINY_HYPE = [*TINY, "--initial-steps", "60", "--num-demos", "4"]
+TINY_MODELS = ["--num-demos", "5", "--model-hidden-sizes", "16", "16", "--model-batch-size", "20", "--model-max-batches", "10",
+               "--model-every", "40"]  # fmt: skip
+TINY_BCO = ["--hidden-sizes", "16", "16", "--eval-episodes", "1", "--learning-starts", "60", *TINY_MODELS]
+TINY_SAC_EO = [*TINY_SAC, *TINY_MODELS]
 POINT = ["--env-id", "tests.pointmass:PointMass-v0"]
 
 
@@ -49,9 +53,11 @@ def hype_point(demos) -> list[str]:
 
 
 @pytest.fixture
-def argv_of(hyper_point, hype_point):
+def argv_of(hyper_point, hype_point, demos):
     """Command line of a tiny run of a script on the point mass."""
-    return lambda script: dict(hyper=hyper_point, hype=hype_point, sac=[*POINT, *TINY_SAC])[script.__name__]
+    argv = dict(hyper=hyper_point, hype=hype_point, sac=[*POINT, *TINY_SAC])
+    argv |= dict(sac_eo=[*POINT, *TINY_SAC_EO, "--demos", demos], bco_baseline=[*POINT, *TINY_BCO, "--demos", demos])
+    return lambda script: argv[script.__name__]
 
 
 def run(script, argv: list[str]) -> dict:

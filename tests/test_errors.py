@@ -11,6 +11,7 @@ import torch
 import hype
 import hyper
 import sac
+import sac_eo
 from tests import pointmass
 from tests.conftest import POINT, TINY_HYPER, TINY_SAC, run
 
@@ -252,7 +253,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, capsys, monkeypatch):
     assert (finished / "checkpoint.pt").read_bytes() == before and not list(finished.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo])
 def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, argv_of, monkeypatch, capsys):
     """At step 100 the critic's loss turns NaN: the run names it and leaves the checkpoint of step 80."""
     original = script.sac_update

@@ -14,22 +14,24 @@ import numpy as np
 import pytest
 import torch
 
+import bco_baseline
 import hype
 import hyper
 import sac
-from tests.conftest import POINT, TINY_HYPE, TINY_HYPER, TINY_SAC, rows, run
+import sac_eo
+from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_SAC, TINY_SAC_EO, rows, run
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", 3))
 COLUMNS = ["env_steps", "updates", "eval_return_mean", "eval_return_std", "eval_success_rate", "expert_return"]
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_run_folder_is_complete(script, tmp_path, argv_of):
     last = run(script, [*argv_of(script), "--total-timesteps", "120", "--eval-every", "60", "--run-dir", tmp_path])
     table = rows(tmp_path)
     assert [int(row["env_steps"]) for row in table] == [0, 60, 120] and set(COLUMNS) <= set(table[0])
-    assert last["env_steps"] == 120 and float(table[-1]["updates"]) == {sac: 60, hype: 61, hyper: 122}[script]
+    assert last["env_steps"] == 120 and float(table[-1]["updates"]) == {hype: 61, hyper: 122}.get(script, 60)
     assert 0 <= float(table[-1]["eval_success_rate"]) <= 1
     about = json.loads((tmp_path / "args.json").read_text())
     assert about["args"]["seed"] == 1 and about["versions"]["torch"].startswith("2.13")
@@ -292,7 +294,7 @@ def test_published_cost_rounds_have_fresh_optimisers_with_harmonic_step_sizes(tm
     assert all(steps == 0 and optimistic for _, steps, optimistic in seen)
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_same_seed_same_csv_and_another_seed_another(script, tmp_path, argv_of):
     argv = [*argv_of(script), "--total-timesteps", "150", "--eval-every", "50"]
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -300,19 +302,19 @@ def test_same_seed_same_csv_and_another_seed_another(script, tmp_path, argv_of):
     assert rows(tmp_path / "a") == rows(tmp_path / "b") != rows(tmp_path / "c")
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_an_extra_evaluation_changes_nothing(script, tmp_path, argv_of):
-    argv = [*argv_of(script), "--total-timesteps", "120"]
+    argv, part = [*argv_of(script), "--total-timesteps", "120"], "actor" if script is bco_baseline else "agent"
     for name, every in (("a", 120), ("b", 10)):
         run(script, [*argv, "--eval-every", every, "--eval-episodes", 1 if name == "a" else 3, "--run-dir", tmp_path / name])
-    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["parts"]["agent"] for name in "ab")
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["parts"][part] for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_resumed_run_equals_an_uninterrupted_one(script, tmp_path, argv_of):
     """Stopped in the middle of an episode, with different lengths of what was before and after."""
-    extra = [] if script is sac else ["--p-tremble", "0.1", "--cost-data", "rollout", "--cost-every", "20"]
+    extra = [] if script not in (hype, hyper) else ["--p-tremble", "0.1", "--cost-data", "rollout", "--cost-every", "20"]
     argv = [*argv_of(script), *extra, "--eval-every", "40"]
     run(script, [*argv, "--total-timesteps", "480", "--run-dir", tmp_path / "whole"])
     run(script, [*argv, "--total-timesteps", "200", "--run-dir", tmp_path / "parts"])
@@ -322,11 +324,11 @@ def test_resumed_run_equals_an_uninterrupted_one(script, tmp_path, argv_of):
     run(script, ["--resume", tmp_path / "parts", "--total-timesteps", "480"])
     whole, resumed = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     steps = {row["env_steps"] for row in whole}
-    assert whole == [row for row in resumed if row["env_steps"] in steps] if script is not sac else whole == resumed
+    assert whole == [row for row in resumed if row["env_steps"] in steps] if script in (hype, hyper) else whole == resumed
     assert json.loads((tmp_path / "parts" / "args.json").read_text())["args"]["total_timesteps"] == 480
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_a_signal_in_the_first_evaluation_leaves_a_run_to_resume(script, tmp_path, argv_of, monkeypatch):
     argv = [*argv_of(script), "--total-timesteps", "100", "--eval-every", "50", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
@@ -347,7 +349,7 @@ def environment() -> dict:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, argv_of):
     argv = [*argv_of(script), "--eval-every", "100", "--total-timesteps", "800", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
@@ -420,7 +422,7 @@ def test_recent_cost_data_takes_no_extra_steps(tmp_path, hyper_point, monkeypatc
     assert steps.count(1) == last["env_steps"] == 200 and steps.count(2) == 0
 
 
-@pytest.mark.parametrize("script,name", [(sac, "buffer"), (hype, "real"), (hyper, "real")])
+@pytest.mark.parametrize("script,name", [(sac, "buffer"), (hype, "real"), (hyper, "real"), (sac_eo, "buffer")])
 def test_time_limits_do_not_stop_bootstrapping(script, name, tmp_path, argv_of):
     argv = [*argv_of(script), *"--total-timesteps 220 --seed 5 --tau 0.0001 --actor-lr 1e-9".split()]
     run(script, [*argv, "--run-dir", tmp_path])
@@ -551,7 +553,7 @@ def test_minari_dataset_loads_like_the_same_npz(tmp_path, monkeypatch, demos):
     assert ours[1] == pytest.approx(theirs[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_the_environment_that_renders_is_made_first(script, tmp_path, argv_of, monkeypatch):
     """It chooses the renderer, and dm_control reads the choice only once."""
     modes, original = [], script.make_env
@@ -571,12 +573,12 @@ def test_video(tmp_path):
     assert all(path.stat().st_size > 1000 for path in tmp_path.glob("videos/*.mp4"))
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_a_script_runs_alone_in_an_empty_folder(script, tmp_path):
     for file in (f"{script.__name__}.py",):
         (tmp_path / file).write_text((ROOT / file).read_text())
     argv = ["--env-id", "Hopper-v4", "--total-timesteps", "70", "--eval-every", "70"]
-    argv += {sac: TINY_SAC, hype: TINY_HYPE, hyper: TINY_HYPER}[script]
+    argv += {sac: TINY_SAC, hype: TINY_HYPE, hyper: TINY_HYPER, sac_eo: TINY_SAC_EO, bco_baseline: TINY_BCO}[script]
     if script is not sac:
         (tmp_path / "demo.npz").write_bytes((ROOT / "demos" / "Hopper-v4.npz").read_bytes())
         argv += ["--demos", "demo.npz"]
