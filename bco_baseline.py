@@ -908,7 +908,8 @@ def make_run_dir(args: Args) -> Path:
         about = {**json.loads(path.read_text()), "args": asdict(replace(args, resume=None))}
         write_atomically(path, lambda file: file.write(json.dumps(about, indent=2).encode()))
         return path.parent
-    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    what = "-".join(dict.fromkeys([args.exp_name, getattr(args, "algo", args.exp_name)]))
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{what}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or Path("runs") / name)
     if (run_dir / "args.json").exists():
         fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")

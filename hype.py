@@ -96,7 +96,7 @@ class Args:
     bf16: bool = False
     """hidden layers in bfloat16 (autocast); weights, outputs, losses and optimisers stay float32"""
     run_dir: str | None = None
-    """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
+    """folder of the run; default runs/<env-id>__<exp-name>-<algo>__<seed>__<time>"""
     checkpoint_every: int = 20_000
     """env steps (--algo bc: gradient steps) between checkpoints; 0 for none but the last"""
     resume: str | None = None
@@ -1073,7 +1073,8 @@ def make_run_dir(args: Args) -> Path:
         about = {**json.loads(path.read_text()), "args": asdict(replace(args, resume=None))}
         write_atomically(path, lambda file: file.write(json.dumps(about, indent=2).encode()))
         return path.parent
-    name = f"{re.sub('[/:]', '-', args.env_id)}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    what = "-".join(dict.fromkeys([args.exp_name, getattr(args, "algo", args.exp_name)]))
+    name = f"{re.sub('[/:]', '-', args.env_id)}__{what}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or Path("runs") / name)
     if (run_dir / "args.json").exists():
         fail(f"--run-dir {run_dir}: holds a run already; continue it with --resume {run_dir} or take another folder")

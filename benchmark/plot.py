@@ -38,14 +38,26 @@ def runs(script: str) -> dict[tuple[str, str], list[Path]]:
 
 
 def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Env steps [t] that all seeds share (cloning: updates), returns [seeds, t], the demonstrations' mean return, minutes of a run."""
+    """Env steps [t] that all seeds share (cloning: updates), returns [seeds, t], the demonstrations' mean return, minutes until then."""
     tables = [read(path) for path in paths]
     count = "env_steps" if int(tables[0][-1]["env_steps"]) else "updates"
     shared = sorted(set.intersection(*({int(row[count]) for row in table} for table in tables)))
     assert len(shared) > 1, f"{paths[0].parent}: seeds were not evaluated at the same steps"
-    returns = [[float({int(row[count]): row for row in table}[t]["eval_return_mean"]) for t in shared] for table in tables]
-    minutes = np.mean([float(table[-1]["wall_time_s"]) for table in tables]) / 60
-    return np.array(shared), np.array(returns), float(tables[0][-1]["expert_return"] or "nan"), float(minutes)
+    tables = [{int(row[count]): row for row in table} for table in tables]
+    returns = [[float(table[t]["eval_return_mean"]) for t in shared] for table in tables]
+    minutes = np.mean([float(table[shared[-1]]["wall_time_s"]) for table in tables]) / 60
+    return np.array(shared), np.array(returns), float(tables[0][shared[-1]]["expert_return"] or "nan"), float(minutes)
+
+
+def last_step(path: Path) -> int:
+    return int(read(path)[-1]["env_steps"])
+
+
+def stretches(paths: list[Path]) -> list[list[Path]]:
+    """The seeds, which are compared as far as all of them went; then, if some went further, those alone."""
+    furthest = max(map(last_step, paths))
+    further = [path for path in paths if last_step(path) == furthest]
+    return [paths, further] if len(further) < len(paths) else [paths]
 
 
 def clones(paths: list[Path]) -> bool:
@@ -74,14 +86,14 @@ def published(script: str) -> dict[str, list[dict[str, str]]]:
 
 def table(script: str) -> str:
     """Markdown rows, one for each environment and variant; without demonstrations, without the columns about them."""
-    found = {key: curve(paths) for key, paths in runs(script).items()}
-    imitates = any(np.isfinite(expert) for *_, expert, _ in found.values())
+    found = [(*key, some, curve(some)) for key, paths in runs(script).items() for some in stretches(paths)]
+    imitates = any(np.isfinite(expert) for *_, (*_, expert, _) in found)
     head = ["environment", "variant", "seeds", "env steps", "last ten evaluations (cloning: the last), each seed", "minutes a run"]
     if imitates:
         head += ["expert", "of the expert", "mean of seeds first at 90%", "paper, as many real steps", "paper, as many counted"]
     lines = [head, ["---"] * len(head)]
-    for (env_id, variant), (steps, returns, expert, minutes) in found.items():
-        cloning = clones(runs(script)[env_id, variant])
+    for env_id, variant, paths, (steps, returns, expert, minutes) in found:
+        cloning = clones(paths)
         last = returns[:, -1 if cloning else -10 :].mean(1)
         row = [env_id, variant, f"{len(returns)}", f"0, {steps[-1]:,} updates" if cloning else f"{steps[-1]:,}"]
         row += [", ".join(f"{x:.0f}" for x in last), f"{minutes:.0f}"]
@@ -117,6 +129,9 @@ def picture(script: str) -> None:
                 ax.axhline(returns[:, -1].mean() / scale, color="k", ls="-.", lw=0.8, label=f"cloning alone ({variant})")
                 continue
             point, interval = iqm(returns)
+            for some in stretches(results[env_id, variant])[1:]:
+                beyond, alone, *_ = curve(some)
+                ax.plot(beyond / 1_000, alone.mean(0) / scale, color=colors[variant], lw=0.6)
             label = f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted"
             ax.plot(steps / 1_000, point / scale, color=colors[variant], label=label)
             ax.fill_between(steps / 1_000, *(interval / scale), alpha=0.2, color=colors[variant], lw=0)

@@ -314,3 +314,10 @@ def test_the_reward_is_the_softplus_of_the_learners_mean_cost_minus_the_cost():
         expected = torch.log1p(torch.exp(-f if loss == "logistic" else mean - f)) if subtract or loss == "logistic" else -f
         torch.testing.assert_close(cost.reward(learner[:, :3], learner[:, 3:]), expected, rtol=1e-3, atol=1e-3)
         assert (abs(cost.baseline) > 0.3) == (subtract and loss == "moment") and abs(mean) > 0.1
+
+
+@pytest.mark.parametrize("algo,name", [("hype", "hype"), ("mm", "hype-mm")])
+def test_the_run_folder_names_the_method(algo, name, tmp_path, hype_point, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(hype, [*hype_point, "--algo", algo, "--total-timesteps", "65", "--eval-every", "65"])
+    assert [path.name.split("__")[1:3] for path in (tmp_path / "runs").iterdir()] == [[name, "1"]]
