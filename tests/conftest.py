@@ -20,6 +20,8 @@ TINY_MODELS = ["--num-demos", "5", "--model-hidden-sizes", "16", "16", "--model-
                "--model-every", "40"]  # fmt: skip
 TINY_BCO = ["--hidden-sizes", "16", "16", "--eval-episodes", "1", "--learning-starts", "60", *TINY_MODELS]
 TINY_SAC_EO = [*TINY_SAC, *TINY_MODELS]
+TINY_SRA = ["--offline-steps", "6000", *TINY, "--batch-size", "32", "--model-hidden-sizes", "16", "16", "--model-steps", "20",
+            "--model-members", "2", "--cvae-hidden-sizes", "16", "16", "--aug-size", "300"]  # fmt: skip
 POINT = ["--env-id", "tests.pointmass:PointMass-v0"]
 
 
