@@ -730,8 +730,8 @@ def test_it_learns(algo, demos, tmp_path):
     """On the point mass, whose expert is cloned: most of the way from the first return to the expert's in seconds."""
     argv = [*POINT, "--demos", demos, "--offline-data", demos, "--algo", algo]
     argv += "--hidden-sizes 32 32 --batch-size 64 --lr 3e-3".split()
-    argv += "--total-timesteps 300 --eval-every 300 --eval-episodes 5 --model-steps 50 --rollout-freq 100 --aug-size 900".split()
-    last = run(sra, [*argv, "--model-hidden-sizes", "16", "16", "--run-dir", tmp_path])
+    argv += "--total-timesteps 300 --eval-every 300 --eval-episodes 5 --model-steps 400 --rollout-freq 100 --aug-size 900".split()
+    last = run(sra, [*argv, "--model-hidden-sizes", "64", "64", "--run-dir", tmp_path])
     first, expert = float(rows(tmp_path)[0]["eval_return_mean"]), last["expert_return"]
     assert last["eval_return_mean"] > first + 0.7 * (expert - first)
 
