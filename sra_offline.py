@@ -670,6 +670,12 @@ def load_transitions(source: str, flag: str, part: Literal["expert", "offline"],
         for name in ("observations", "next_observations"):  # achieved goal, desired goal, observation
             data[name] = env.unwrapped.from_pointmaze(data[name][:, -4:]).astype(np.float32)
         data["actions"] = np.stack([-data["actions"][:, 1], data["actions"][:, 0]], 1)
+    try:
+        recorded = json.loads(str(data.get("metadata", "{}"))).get("env_id") or args.env_id
+    except (ValueError, AttributeError):
+        fail(f"{where} metadata is not a JSON object")
+    if re.split(r"-v\d", recorded)[0].split(":")[-1] != re.split(r"-v\d", args.env_id)[0].split(":")[-1]:
+        fail(f"{where} recorded on {recorded}, not on {args.env_id}")
     for name in ("observations", "next_observations"):
         if name in data and data[name].shape[1:] == env.unwrapped.observation_space.shape:
             data[name] = data[name][:, :obs_dim]  # cut as make_env cuts
@@ -679,7 +685,7 @@ def load_transitions(source: str, flag: str, part: Literal["expert", "offline"],
         n, dims = len(data["observations"]), dict(observations=obs_dim, next_observations=obs_dim, actions=act_dim).get(name)
         shape, wanted = data[name].shape, (n, dims) if dims else (n,)
         if shape != wanted and len(shape) == 2 and dims and shape[0] == n:
-            fail(f"{where} {args.env_id} has {dims}-dim {name}, the file has {shape[1]}: expert and offline data must be of its spaces")
+            fail(f"{where} {args.env_id} has {dims}-dim {name}, the file has {shape[1]}: another version?")
         if shape != wanted:
             fail(f"{where} {name} must have shape {wanted}, has {shape}")
         if not np.isfinite(data[name]).all():

@@ -59,6 +59,7 @@ def argv_of(hyper_point, hype_point, demos):
     """Command line of a tiny run of a script on the point mass."""
     argv = dict(hyper=hyper_point, hype=hype_point, sac=[*POINT, *TINY_SAC])
     argv |= dict(sac_eo=[*POINT, *TINY_SAC_EO, "--demos", demos], bco_baseline=[*POINT, *TINY_BCO, "--demos", demos])
+    argv |= dict(sra_offline=[*POINT, *TINY_SRA, "--demos", demos, "--offline-data", demos, "--rollout-freq", "40"])
     return lambda script: argv[script.__name__]
 
 

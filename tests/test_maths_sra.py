@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -751,14 +752,23 @@ WRONG = [
     (["--model-ratio", "1.2"], r"--model-ratio must be between 0 and 1"),
     (["--plot-augmentation", "--algo", "bc"], r"--plot-augmentation: for --algo sra, romi and forward"),
     (["--dataset", "hopper-medium", "--offline-data", str(ROOT / "demos" / "Ant-v4.npz")],
-     r"--offline-data .*Ant-v4.npz: (recorded on Ant-v4, not on Hopper-v4|Hopper-v4 has 11-dim observations, the file has 27)"),
+     r"--offline-data .*Ant-v4.npz: recorded on Ant-v4, not on Hopper-v4"),
+    ([*POINT, "--offline-data", "WIDE", "--demos", "DEMOS"], r"PointMass-v0 has 4-dim observations, the file has 5: another version\?"),
+    ([*POINT, "--offline-data", "LOUD", "--demos", "DEMOS"], r"--offline-data .*actions must lie in the environment's bounds \[-2, 2\]"),
+    ([*POINT, "--offline-data", "OPEN", "--demos", "DEMOS"], r"the last row must end an episode"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv,expected", WRONG, ids=lambda x: " ".join(x[:2]) if isinstance(x, list) else "")
-def test_wrong_input(argv, expected, data_dir, tmp_path, capsys):
-    import re
-
+def test_wrong_input(argv, expected, data_dir, demos, tmp_path, capsys):
+    data = {name: value for name, value in np.load(demos).items() if value.ndim}
+    wide = np.zeros((len(data["rewards"]), 5), np.float32)
+    spoiled = dict(
+        WIDE=dict(observations=wide), LOUD=dict(actions=data["actions"] * 3), OPEN=dict(truncations=0 * data["truncations"]), DEMOS={}
+    )
+    for name, change in spoiled.items():
+        np.savez(tmp_path / f"{name}.npz", **{**data, **change})
+    argv = [str(tmp_path / f"{word}.npz") if word in spoiled else word for word in argv]
     extra = [] if "--data-dir" in argv or "hopper-medium" in argv else ["--data-dir", data_dir, "--offline-steps", "6000"]
     with pytest.raises(SystemExit) as stopped:
         run(sra, [*argv, *extra, "--run-dir", tmp_path / "run"])
