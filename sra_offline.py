@@ -1614,7 +1614,7 @@ def plot_augmentation(
     figure.colorbar(points, ax=left, label="confidence")
     points = right.scatter(*cells.T, s=250, c=returns, vmin=0, cmap="viridis", marker="s", alpha=0.8)
     figure.colorbar(points, ax=right, label="return by starting cell")
-    left.set_title(f"{path.stem}: imagined states of the newest round")
+    left.set_title(f"imagined states, update {path.stem.rpartition('-')[2]}")
     right.set_title(f"where the expert was {np.mean(np.array(returns)[seen]):.0f}, elsewhere {outside:.0f}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
