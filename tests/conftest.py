@@ -20,6 +20,8 @@ TINY_MODELS = ["--num-demos", "5", "--model-hidden-sizes", "16", "16", "--model-
                "--model-every", "40"]  # fmt: skip
 TINY_BCO = ["--hidden-sizes", "16", "16", "--eval-episodes", "1", "--learning-starts", "60", *TINY_MODELS]
 TINY_SAC_EO = [*TINY_SAC, *TINY_MODELS]
+TINY_SRA = ["--offline-steps", "6000", *TINY, "--batch-size", "32", "--model-hidden-sizes", "16", "16", "--model-steps", "20",
+            "--model-members", "2", "--cvae-hidden-sizes", "16", "16", "--aug-size", "300"]  # fmt: skip
 POINT = ["--env-id", "tests.pointmass:PointMass-v0"]
 
 
@@ -57,6 +59,7 @@ def argv_of(hyper_point, hype_point, demos):
     """Command line of a tiny run of a script on the point mass."""
     argv = dict(hyper=hyper_point, hype=hype_point, sac=[*POINT, *TINY_SAC])
     argv |= dict(sac_eo=[*POINT, *TINY_SAC_EO, "--demos", demos], bco_baseline=[*POINT, *TINY_BCO, "--demos", demos])
+    argv |= dict(sra_offline=[*POINT, *TINY_SRA, "--demos", demos, "--offline-data", demos, "--rollout-freq", "40"])
     return lambda script: argv[script.__name__]
 
 

@@ -11,11 +11,12 @@ import hype
 import hyper
 import sac
 import sac_eo
-from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_SAC, TINY_SAC_EO, run
+import sra_offline
+from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_SAC, TINY_SAC_EO, TINY_SRA, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "demos" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = dict(sac=sac, hype=hype, hyper=hyper, sac_eo=sac_eo, bco_baseline=bco_baseline)
+MODULES = dict(sac=sac, hype=hype, hyper=hyper, sac_eo=sac_eo, bco_baseline=bco_baseline, sra_offline=sra_offline)
 PAGE_OF = dict(bco_baseline="sac_eo")  # the others have a page of their own name
 COMMANDS = sorted({
     (page.name, match[1], match[2]) for page in PAGES
@@ -33,8 +34,9 @@ def finished(tmp_path_factory, demos):
             folders[script] = tmp_path_factory.mktemp(script)
             of_hyper = [*TINY_HYPER, "--demos", demos, "--termination", "tests.pointmass:terminates"]
             extra = dict(sac=TINY_SAC, hype=[*TINY_HYPE, "--demos", demos], hyper=of_hyper)
-            extra = (extra | dict(sac_eo=[*TINY_SAC_EO, "--demos", demos], bco_baseline=[*TINY_BCO, "--demos", demos]))[script]
-            run(MODULES[script], [*POINT, *extra, "--total-timesteps", "70", "--run-dir", folders[script]])
+            extra |= dict(sac_eo=[*TINY_SAC_EO, "--demos", demos], bco_baseline=[*TINY_BCO, "--demos", demos])
+            extra |= dict(sra_offline=[*TINY_SRA, "--demos", demos, "--offline-data", demos, "--rollout-freq", "20"])
+            run(MODULES[script], [*POINT, *extra[script], "--total-timesteps", "70", "--run-dir", folders[script]])
         return folders[script]
 
     return folder
@@ -81,5 +83,5 @@ def test_functions_of_the_equation_table_exist(script):
 
 def test_no_committed_file_is_large():
     for path in ROOT.rglob("*"):
-        if path.is_file() and not {".git", "runs", ".venv", ".ruff_cache"} & set(path.relative_to(ROOT).parts):
+        if path.is_file() and not {".git", "runs", "data", ".venv", ".ruff_cache"} & set(path.relative_to(ROOT).parts):
             assert path.stat().st_size < 5_000_000, path

@@ -19,6 +19,7 @@ import hype
 import hyper
 import sac
 import sac_eo
+import sra_offline
 from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_SAC, TINY_SAC_EO, rows, run
 
 ROOT = Path(__file__).parents[1]
@@ -294,7 +295,7 @@ def test_published_cost_rounds_have_fresh_optimisers_with_harmonic_step_sizes(tm
     assert all(steps == 0 and optimistic for _, steps, optimistic in seen)
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, sra_offline])
 def test_same_seed_same_csv_and_another_seed_another(script, tmp_path, argv_of):
     argv = [*argv_of(script), "--total-timesteps", "150", "--eval-every", "50"]
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -302,7 +303,7 @@ def test_same_seed_same_csv_and_another_seed_another(script, tmp_path, argv_of):
     assert rows(tmp_path / "a") == rows(tmp_path / "b") != rows(tmp_path / "c")
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, sra_offline])
 def test_an_extra_evaluation_changes_nothing(script, tmp_path, argv_of):
     argv, part = [*argv_of(script), "--total-timesteps", "120"], "actor" if script is bco_baseline else "agent"
     for name, every in (("a", 120), ("b", 10)):
@@ -328,7 +329,7 @@ def test_resumed_run_equals_an_uninterrupted_one(script, tmp_path, argv_of):
     assert json.loads((tmp_path / "parts" / "args.json").read_text())["args"]["total_timesteps"] == 480
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, sra_offline])
 def test_a_signal_in_the_first_evaluation_leaves_a_run_to_resume(script, tmp_path, argv_of, monkeypatch):
     argv = [*argv_of(script), "--total-timesteps", "100", "--eval-every", "50", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
@@ -349,7 +350,7 @@ def environment() -> dict:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, sra_offline])
 def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, argv_of):
     argv = [*argv_of(script), "--eval-every", "100", "--total-timesteps", "800", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])

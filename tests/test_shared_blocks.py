@@ -14,6 +14,7 @@ SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 WANTED = {
     "Args": "each script has its own settings",
     "check_args": "each script has its own combinations that cannot be",
+    "parse_args": "the presets of sra_offline.py go by its data sets and learners, not by environments",
     "train": "the algorithm itself",
     "sac_update": "hype.py and hyper.py can add behaviour cloning of the expert rows to the actor's loss, sac_eo.py its imitation term",
 }
