@@ -20,6 +20,9 @@ TINY_MODELS = ["--num-demos", "5", "--model-hidden-sizes", "16", "16", "--model-
                "--model-every", "40"]  # fmt: skip
 TINY_BCO = ["--hidden-sizes", "16", "16", "--eval-episodes", "1", "--learning-starts", "60", *TINY_MODELS]
 TINY_SAC_EO = [*TINY_SAC, *TINY_MODELS]
+TINY_MBARL = [*TINY, "--model-hidden-sizes", "16", "16", "--model-every", "40", "--model-first-batches", "20", "--model-max-batches", "5",
+              "--seed-steps", "40", "--rollouts", "16", "--num-demos", "4", "--backward-demos", "4", "--classifier-batch", "16",
+              "--switch-steps", "20", "--eval-horizon", "20"]  # fmt: skip
 POINT = ["--env-id", "tests.pointmass:PointMass-v0"]
 
 
