@@ -60,6 +60,7 @@ def argv_of(hyper_point, hype_point, demos):
     """Command line of a tiny run of a script on the point mass."""
     argv = dict(hyper=hyper_point, hype=hype_point, sac=[*POINT, *TINY_SAC])
     argv |= dict(sac_eo=[*POINT, *TINY_SAC_EO, "--demos", demos], bco_baseline=[*POINT, *TINY_BCO, "--demos", demos])
+    argv |= dict(mbarl=["--env-id", "Tabletop-v0", *TINY_MBARL])  # a world of its own
     return lambda script: argv[script.__name__]
 
 

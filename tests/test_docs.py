@@ -9,13 +9,14 @@ import pytest
 import bco_baseline
 import hype
 import hyper
+import mbarl
 import sac
 import sac_eo
-from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_SAC, TINY_SAC_EO, run
+from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_MBARL, TINY_SAC, TINY_SAC_EO, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "demos" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = dict(sac=sac, hype=hype, hyper=hyper, sac_eo=sac_eo, bco_baseline=bco_baseline)
+MODULES = dict(sac=sac, hype=hype, hyper=hyper, sac_eo=sac_eo, bco_baseline=bco_baseline, mbarl=mbarl)
 PAGE_OF = dict(bco_baseline="sac_eo")  # the others have a page of their own name
 COMMANDS = sorted({
     (page.name, match[1], match[2]) for page in PAGES
@@ -32,7 +33,7 @@ def finished(tmp_path_factory, demos):
         if script not in folders:
             folders[script] = tmp_path_factory.mktemp(script)
             of_hyper = [*TINY_HYPER, "--demos", demos, "--termination", "tests.pointmass:terminates"]
-            extra = dict(sac=TINY_SAC, hype=[*TINY_HYPE, "--demos", demos], hyper=of_hyper)
+            extra = dict(mbarl=["--env-id", "Tabletop-v0", *TINY_MBARL], sac=TINY_SAC, hype=[*TINY_HYPE, "--demos", demos], hyper=of_hyper)
             extra = (extra | dict(sac_eo=[*TINY_SAC_EO, "--demos", demos], bco_baseline=[*TINY_BCO, "--demos", demos]))[script]
             run(MODULES[script], [*POINT, *extra, "--total-timesteps", "70", "--run-dir", folders[script]])
         return folders[script]

@@ -2,7 +2,12 @@
 
 import csv
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +18,7 @@ import torch.nn.functional as F
 import mbarl
 from tests.conftest import TINY_MBARL, rows, run
 
+ROOT = Path(__file__).parents[1]
 TABLE, POINT = ["--env-id", "Tabletop-v0"], ["--env-id", "PointMass2D-v0"]
 SMALL = dict(hidden_sizes=(8, 8), model_hidden_sizes=(8, 8), model_batch_size=32)
 
@@ -421,6 +427,12 @@ def test_every_arm_runs_and_has_as_many_updates(env, algo, tmp_path):
     assert {"eval_grasp_rate", "eval_final_distance", "eval_success_rate", "losses/critic", "charts/reward_per_step"} <= last.keys()
     assert ("reward/classifier_accuracy" in last) == (algo in ("mbarl", "medal"))
     assert ("model/hold_out_mse" in last) == (algo == "mbarl")
+    assert {"args.json", "progress.csv", "checkpoint.pt", "policy.pt"} <= {path.name for path in tmp_path.iterdir()}
+    policy = mbarl.load_policy(str(tmp_path))
+    actor = mbarl.Actor(policy["obs_dim"], policy["act_dim"], tuple(policy["hidden_sizes"]))
+    actor.load_state_dict(policy["actor"])
+    args = mbarl.parse_args(["--eval-only", "--checkpoint", str(tmp_path), "--eval-episodes", "2"])
+    assert args.env_id == env[1] and mbarl.evaluate_policy(args)["eval_length_mean"] == gym.spec(env[1]).max_episode_steps
 
 
 @pytest.mark.parametrize("env", [TABLE, POINT], ids=["table", "point"])
@@ -437,7 +449,7 @@ def test_without_rollouts_it_is_medal_bit_for_bit(env, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--explore"], ["--reward", "learned", "--start", "narrow"], ["--true-dynamics", "--start", "demo"], ["--mix-into-replay"],
     ["--no-snap", "--update-both", "--no-mixup", "--no-classifier-goal"], ["--train-horizon", "50", "--start", "replay"],
-    ["--preset", "paper", "--updates-per-step", "2"],
+    ["--preset", "paper", "--updates-per-step", "2"], POINT,
 ], ids=lambda flags: flags[0])  # fmt: skip
 def test_every_experiment_flag_runs_and_resumes(flags, tmp_path):
     argv = [*TABLE, *flags, *TINY_MBARL, "--eval-every", "30"]
@@ -458,7 +470,13 @@ def test_rewards_are_scaled_and_the_backward_ones_of_the_current_classifier(tmp_
 
     def update(agent, batch, *rest):
         expected = 10 * F.softplus(made[-1](batch.next_obs)).detach()
-        seen.append((torch.allclose(batch.reward, expected), bool(torch.isin(batch.reward, torch.tensor([0.0, 10.0])).all()), expected.mean().item()))
+        seen.append(
+            (
+                torch.allclose(batch.reward, expected),
+                bool(torch.isin(batch.reward, torch.tensor([0.0, 10.0])).all()),
+                expected.mean().item(),
+            )
+        )
         return original(agent, batch, *rest)
 
     monkeypatch.setattr(mbarl, "sac_update", update)
@@ -572,6 +590,15 @@ def test_offline_study_has_a_row_a_cell_and_goes_on_where_it_stopped(tmp_path, m
     assert [len(rows_) for _, rows_ in imagined] == [100, 100, 250, 250]
 
 
+def test_it_runs_alone_in_an_empty_folder(tmp_path):
+    (tmp_path / "mbarl.py").write_text((ROOT / "mbarl.py").read_text())
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    argv = [sys.executable, "mbarl.py", *TABLE, *TINY_MBARL, "--total-timesteps", "50"]
+    result = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.glob("runs/Tabletop-v0__mbarl__1__*/policy.pt"))
+
+
 @pytest.mark.parametrize("argv,expected", [
     (["--env-id", "Hopper-v4"], r"--env-id Hopper-v4: needs the functions of GoalEnv"),
     (["--env-id", "Tabletp-v0"], r"Tabletp-v0.*Nearest known: .*Tabletop-v0"),
@@ -587,8 +614,6 @@ def test_offline_study_has_a_row_a_cell_and_goes_on_where_it_stopped(tmp_path, m
     (["--rollout-length", "-1"], r"--rollout-length must not be negative"),
 ])  # fmt: skip
 def test_wrong_input_is_one_line(argv, expected, tmp_path, capsys):
-    import re
-
     with pytest.raises(SystemExit) as stopped:
         args = mbarl.parse_args([*argv, "--run-dir", str(tmp_path / "run")])
         mbarl.check_args(args)
@@ -599,7 +624,13 @@ def test_wrong_input_is_one_line(argv, expected, tmp_path, capsys):
 
 def test_presets_are_the_documented_settings():
     default, point, paper = (mbarl.parse_args(argv) for argv in ([], POINT, ["--preset", "paper"]))
-    assert (default.reward, default.switch_steps, default.num_demos, default.backward_demos, default.reward_scale) == ("analytic", 200, 12, 12, 10)
+    assert (default.reward, default.switch_steps, default.num_demos, default.backward_demos, default.reward_scale) == (
+        "analytic",
+        200,
+        12,
+        12,
+        10,
+    )
     assert (point.reward, point.switch_steps, point.num_demos, point.backward_demos, point.eval_horizon) == ("learned", 100, 10, 0, 100)
     assert (paper.total_timesteps, paper.updates_per_step, paper.rollouts, paper.rollout_length) == (2_500_000, 20, 100_000, 25)
     assert paper.switch_terminal and not default.switch_terminal and gym.spec("Tabletop-v0").max_episode_steps == default.eval_horizon

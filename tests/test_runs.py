@@ -17,6 +17,7 @@ import torch
 import bco_baseline
 import hype
 import hyper
+import mbarl
 import sac
 import sac_eo
 from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_SAC, TINY_SAC_EO, rows, run
@@ -294,7 +295,7 @@ def test_published_cost_rounds_have_fresh_optimisers_with_harmonic_step_sizes(tm
     assert all(steps == 0 and optimistic for _, steps, optimistic in seen)
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, mbarl])
 def test_same_seed_same_csv_and_another_seed_another(script, tmp_path, argv_of):
     argv = [*argv_of(script), "--total-timesteps", "150", "--eval-every", "50"]
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
@@ -349,7 +350,7 @@ def environment() -> dict:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, mbarl])
 def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, argv_of):
     argv = [*argv_of(script), "--eval-every", "100", "--total-timesteps", "800", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
