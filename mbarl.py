@@ -437,7 +437,7 @@ class Tabletop(GoalEnv):
     """
 
     xml = """<mujoco><visual><global offwidth="480" offheight="480"/></visual><worldbody>
-      <light directional="true" pos="0 0 4" dir="0 0 -1"/><camera name="top" pos="0 0 8" fovy="45"/>
+      <light directional="true" pos="0 0 4" dir="0 0 -1" diffuse=".3 .3 .3" specular="0 0 0"/><camera name="top" pos="0 0 8" fovy="45"/>
       <geom type="plane" size="3.2 3.2 1" rgba=".85 .8 .7 1"/>
       <body name="goal" mocap="true"><geom type="cylinder" size=".3 .01" rgba=".3 .7 .3 1"/></body>
       <body><joint type="slide" axis="1 0 0"/><joint type="slide" axis="0 1 0"/>
@@ -506,7 +506,7 @@ class PointMass2D(GoalEnv):
 
     xml = """<mujoco><option timestep="0.02"><flag contact="disable"/></option>
       <visual><global offwidth="480" offheight="480"/></visual><worldbody>
-      <light directional="true" pos="0 0 4" dir="0 0 -1"/><camera name="top" pos="0 0 3" fovy="45"/>
+      <light directional="true" pos="0 0 4" dir="0 0 -1" diffuse=".3 .3 .3" specular="0 0 0"/><camera name="top" pos="0 0 3" fovy="45"/>
       <geom type="plane" size="1.1 1.1 1" rgba=".85 .8 .7 1"/>
       <body name="goal" mocap="true"><geom type="cylinder" size=".1 .01" rgba=".3 .7 .3 1"/></body>
       <body><joint name="x" type="slide" axis="1 0 0" limited="true" range="-1 1" damping="1"/>
@@ -1226,18 +1226,15 @@ def stretches(batch: Batch, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def start_states(kind: str, n: int, player: Player, world: GoalEnv, generator, rng: np.random.Generator) -> torch.Tensor:
-    """Observations [n, obs] from which rollouts start."""
-    replay, obs_dim, device = player.replay, world.observation_space.shape[0], player.replay.rows.device
+    """Observations [n, obs] from which rollouts start; replay's also where a player has no demonstrations."""
+    demos, replay, device = player.demos, player.replay, player.replay.rows.device
     if kind == "narrow":
         goals = world.goals[torch.from_numpy(rng.integers(len(world.goals), size=n))]
         return torch.cat([world.initial(n, rng), goals], -1).float().to(device)
-    demos = player.demos[torch.randint(max(len(player.demos), 1), (n,), generator=generator, device=device)] if len(player.demos) else None
-    if kind == "demo" and demos is not None:
-        return demos[:, :obs_dim]
-    starts = replay.sample((n,), generator)
-    if kind == "mixed" and demos is not None:
-        starts[: n // 2] = demos[: n // 2]
-    return starts[:, :obs_dim]
+    shown = {"demo": n, "mixed": n // 2}.get(kind, 0) if len(demos) else 0
+    parts = [demos[torch.randint(len(demos), (shown,), generator=generator, device=device)]] if shown else []
+    parts += [replay.sample((n - shown,), generator)] if shown < n else []
+    return torch.cat(parts)[:, : world.observation_space.shape[0]]
 
 
 # ---------------------------------------------------------------------------------------------- evaluation and logs
@@ -1706,18 +1703,13 @@ def train(args: Args) -> dict:
             if reset or args.algo == "oracle":
                 world.reset()
                 counters.update(phase="forward", since_reset=0, interventions=counters["interventions"] + 1)
-            elif "backward" not in players:
-                world.draw_goal()
-            elif args.algo == "fbrl":
-                counters["phase"] = {"forward": "backward", "backward": "forward"}[phase]
-                if phase == "forward":
-                    world.goal = world.as_goal(world.initial(1, world.np_random)[0])
-                else:
-                    world.draw_goal()
             else:
-                counters["phase"] = {"forward": "backward", "backward": "forward"}[phase]
-                if phase == "forward":
-                    world.draw_goal()  # the backward policy already carries the next one
+                if "backward" in players:
+                    counters["phase"] = {"forward": "backward", "backward": "forward"}[phase]
+                if args.algo == "fbrl" and phase == "forward":
+                    world.goal = world.as_goal(world.initial(1, world.np_random)[0])
+                elif args.algo == "fbrl" or phase == "forward":
+                    world.draw_goal()  # MEDAL's backward policy already carries the next forward goal
         obs = world.observation()
 
         log.bar.update(1)
