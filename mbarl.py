@@ -111,33 +111,33 @@ class Args:
     train_horizon: int = 200_000
     """env steps between hard resets, each an intervention (EARL's tabletop: 200,000)"""
     seed_steps: int = 1_000
-    """steps of the untrained policies before the first gradient step (MEDAL: 10,000)"""
+    """steps of the untrained policies before the first gradient step (MEDAL: 10,000; point mass: 300)"""
     update_both: bool = False
     """update both policies at each step instead of the acting one: twice the updates"""
 
     # Policies
     hidden_sizes: tuple[int, ...] = (256, 256)
-    """widths of the hidden layers of actors and critics"""
+    """widths of the hidden layers of actors and critics (point mass: 64 64)"""
     critic_layer_norm: bool = True
     """normalise the critics' hidden layers (MEDAL: only the layer below them, in actor and critic)"""
     batch_size: int = 256
     """transitions in a gradient step"""
     actor_lr: float = 3e-4
-    """Adam step size of the actor"""
+    """Adam step size of the actor (point mass: 1e-3, as of the next two)"""
     critic_lr: float = 3e-4
     """Adam step size of the critics"""
     alpha_lr: float = 3e-4
     """Adam step size of log alpha"""
     alpha: float = 1.0
-    """initial temperature; stays there without --autotune"""
+    """initial temperature; stays there without --autotune (point mass: 0.1)"""
     autotune: bool = True
     """learn alpha towards the target entropy"""
     target_entropy: float | None = None
     """in nats; default minus half the action dimension (MEDAL)"""
     gamma: float = 0.99
-    """discount factor"""
+    """discount factor (point mass: 0.95)"""
     tau: float = 0.005
-    """share of the critic that moves into the target critic at each update"""
+    """share of the critic that moves into the target critic at each update (point mass: 0.02)"""
     optimistic: bool = False
     """optimistic Adam for actor and critic"""
     reward_scale: float = 10.0
@@ -165,7 +165,7 @@ class Args:
     model_elites: int = 5
     """members with the lowest hold-out error, which imagine"""
     model_hidden_sizes: tuple[int, ...] = (200, 200, 200, 200)
-    """widths of a member's hidden layers"""
+    """widths of a member's hidden layers (point mass: 64 64)"""
     model_lr: float = 1e-3
     """Adam step size of the model"""
     model_weight_decay: float = 5e-5
@@ -261,7 +261,9 @@ class Args:
 # Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
 _POINT = dict(
     num_demos=10, backward_demos=0, switch_steps=100, eval_horizon=100, reward="learned", classifier_goal=False, reward_scale=1.0,
-    total_timesteps=20_000, eval_every=1_000, model_every=250, model_max_batches=100, rollouts=1_000, rollout_growth=5_000,
+    total_timesteps=20_000, seed_steps=300, eval_every=500, gamma=0.95, tau=0.02, alpha=0.1, actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
+    hidden_sizes=(64, 64), batch_size=128, model_hidden_sizes=(64, 64), model_batch_size=128, model_every=250, model_first_batches=300,
+    model_max_batches=50, rollouts=500, rollout_growth=1_000,
 )  # fmt: skip
 _PAPER = dict(
     total_timesteps=2_500_000, seed_steps=10_000, switch_steps=300, switch_terminal=True, classifier_batch=400, updates_per_step=20,
