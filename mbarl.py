@@ -1208,14 +1208,14 @@ def imagine_goals(world, model: Callable, actor, obs: torch.Tensor, length: int,
 @torch.no_grad()
 def open_loop_error(dynamics: EnsembleDynamics, states: torch.Tensor, actions: torch.Tensor) -> float:
     """Root mean square error of the elites' mean prediction along true trajectories, states [k + 1, n, state] and actions [k, n, act],
-    at their end, in units of each entry's standard deviation over the states."""
+    at their end, in units of each entry's standard deviation over the states (1 for entries that hardly vary: a mug that lies still)."""
     state, extra = states[0], dynamics.target_std.numel() - states.shape[-1]
     for action in actions:
         inputs = torch.cat([F.pad(state, (0, extra)), action], -1)
         change = dynamics.forward_elites(inputs.expand(len(dynamics.elites), -1, -1))[0].mean(0)
         state = state + change[:, : state.shape[-1]]
-    error = (state - states[-1]) / states.flatten(0, 1).std(0).clamp(min=1e-6)
-    return float(error.square().mean().sqrt())
+    std = states.flatten(0, 1).std(0)
+    return float(((state - states[-1]) / torch.where(std < 1e-3, 1.0, std)).square().mean().sqrt())
 
 
 def stretches(batch: Batch, length: int) -> tuple[torch.Tensor, torch.Tensor]:

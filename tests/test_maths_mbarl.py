@@ -349,6 +349,8 @@ def test_open_loop_error_of_a_constant_model():
         dynamics.net.output.bias.data.fill_(1.5)
         error = mbarl.open_loop_error(dynamics, states, torch.zeros(4, 50, 2))
         assert error == pytest.approx((2 / states.flatten(0, 1).std(0)).square().mean().sqrt().item(), rel=1e-4)
+        still = mbarl.open_loop_error(dynamics, torch.ones(5, 50, 3), torch.zeros(4, 50, 2))
+        assert still == pytest.approx(6)  # predicted to move by 1.5 four times; nothing varies
 
 
 def test_stretches_do_not_cross_a_reset():
@@ -419,11 +421,11 @@ def test_an_expert_is_successful():
 @pytest.mark.parametrize("env", [TABLE, POINT], ids=["table", "point"])
 @pytest.mark.parametrize("algo", ["mbarl", "medal", "fbrl", "naive", "oracle"])
 def test_every_arm_runs_and_has_as_many_updates(env, algo, tmp_path):
-    last = run(mbarl, [*env, *TINY_MBARL, "--algo", algo, "--total-timesteps", "120", "--eval-every", "60", "--run-dir", tmp_path])
-    assert last["env_steps"] == 120 and last["updates"] == 2 * 80  # 40 seed steps
-    forward = {"naive": 160, "oracle": 160}.get(algo, 80)  # phases of 20 steps: 40 of 80 steps are forward ones
-    assert last["charts/updates_forward"] == forward and last.get("charts/updates_backward", 0) == 160 - forward
-    assert last["charts/interventions"] == (6 if algo == "oracle" else 0)
+    last = run(mbarl, [*env, *TINY_MBARL, "--algo", algo, "--total-timesteps", "80", "--eval-every", "40", "--run-dir", tmp_path])
+    assert last["env_steps"] == 80 and last["updates"] == 2 * 40  # 40 seed steps
+    forward = {"naive": 80, "oracle": 80}.get(algo, 40)  # phases of 20 steps: 20 of 40 steps are forward ones
+    assert last["charts/updates_forward"] == forward and last.get("charts/updates_backward", 0) == 80 - forward
+    assert last["charts/interventions"] == (4 if algo == "oracle" else 0)
     assert {"eval_grasp_rate", "eval_final_distance", "eval_success_rate", "losses/critic", "charts/reward_per_step"} <= last.keys()
     assert ("reward/classifier_accuracy" in last) == (algo in ("mbarl", "medal"))
     assert ("model/hold_out_mse" in last) == (algo == "mbarl")
