@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -454,15 +455,35 @@ def test_without_rollouts_it_is_medal_bit_for_bit(env, tmp_path):
     ["--preset", "paper", "--updates-per-step", "2"], POINT,
 ], ids=lambda flags: flags[0])  # fmt: skip
 def test_every_experiment_flag_runs_and_resumes(flags, tmp_path):
-    argv = [*TABLE, *flags, *TINY_MBARL, "--eval-every", "30"]
-    run(mbarl, [*argv, "--total-timesteps", "90", "--run-dir", tmp_path / "whole"])
-    run(mbarl, [*argv, "--total-timesteps", "65", "--run-dir", tmp_path / "parts"])
-    run(mbarl, ["--resume", tmp_path / "parts", "--total-timesteps", "90"])
+    argv = [*TABLE, *flags, *TINY_MBARL, "--eval-every", "30", "--model-every", "20"]  # fits after 40 and 60 steps
+    run(mbarl, [*argv, "--total-timesteps", "70", "--run-dir", tmp_path / "whole"])
+    run(mbarl, [*argv, "--total-timesteps", "55", "--run-dir", tmp_path / "parts"])
+    run(mbarl, ["--resume", tmp_path / "parts", "--total-timesteps", "70"])
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
-    assert whole[-1]["env_steps"] == "90" and np.isfinite(float(whole[-1]["losses/critic"]))
-    assert parts[:3] == whole[:3]
+    assert whole[-1]["env_steps"] == "70" and np.isfinite(float(whole[-1]["losses/critic"]))
+    assert parts[:2] == whole[:2]
     a, b = (checkpoint(tmp_path / name)["parts"]["forward_agent"] for name in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_signal_saves_first_and_the_run_goes_on_exactly(tmp_path, monkeypatch):
+    """SIGTERM at step 50, in the middle of a backward phase and of what a row of progress.csv sums up."""
+    argv, step = [*POINT, *TINY_MBARL, "--total-timesteps", "70", "--eval-every", "30"], mbarl.PointMass2D.step
+    run(mbarl, [*argv, "--run-dir", tmp_path / "whole"])
+    taken = []
+
+    def interrupted(self, action):
+        taken.append(action)
+        if len(taken) == 50:
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, action)
+
+    monkeypatch.setattr(mbarl.PointMass2D, "step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(mbarl, [*argv, "--run-dir", tmp_path / "cut"])
+    assert stopped.value.code == 128 + signal.SIGTERM and checkpoint(tmp_path / "cut")["counters"]["env_steps"] == 50
+    run(mbarl, ["--resume", tmp_path / "cut"])
+    assert len(taken) == 70 and rows(tmp_path / "cut") == rows(tmp_path / "whole")
 
 
 def test_rewards_are_scaled_and_the_backward_ones_of_the_current_classifier(tmp_path, monkeypatch):

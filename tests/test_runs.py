@@ -350,7 +350,7 @@ def environment() -> dict:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, mbarl])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_a_signal_saves_first_and_the_run_goes_on_exactly(script, tmp_path, argv_of):
     argv = [*argv_of(script), "--eval-every", "100", "--total-timesteps", "800", "--checkpoint-every", "0"]
     run(script, [*argv, "--run-dir", tmp_path / "whole"])
