@@ -22,6 +22,9 @@ TINY_BCO = ["--hidden-sizes", "16", "16", "--eval-episodes", "1", "--learning-st
 TINY_SAC_EO = [*TINY_SAC, *TINY_MODELS]
 TINY_SRA = ["--offline-steps", "6000", *TINY, "--batch-size", "32", "--model-hidden-sizes", "16", "16", "--model-steps", "20",
             "--model-members", "2", "--cvae-hidden-sizes", "16", "16", "--aug-size", "300"]  # fmt: skip
+TINY_MBARL = [*TINY, "--model-hidden-sizes", "16", "16", "--model-every", "40", "--model-first-batches", "20", "--model-max-batches", "5",
+              "--seed-steps", "40", "--rollouts", "16", "--num-demos", "4", "--backward-demos", "4", "--classifier-batch", "16",
+              "--switch-steps", "20", "--eval-horizon", "20"]  # fmt: skip
 POINT = ["--env-id", "tests.pointmass:PointMass-v0"]
 
 
@@ -60,6 +63,7 @@ def argv_of(hyper_point, hype_point, demos):
     argv = dict(hyper=hyper_point, hype=hype_point, sac=[*POINT, *TINY_SAC])
     argv |= dict(sac_eo=[*POINT, *TINY_SAC_EO, "--demos", demos], bco_baseline=[*POINT, *TINY_BCO, "--demos", demos])
     argv |= dict(sra_offline=[*POINT, *TINY_SRA, "--demos", demos, "--offline-data", demos, "--rollout-freq", "40"])
+    argv |= dict(mbarl=["--env-id", "Tabletop-v0", *TINY_MBARL])  # a world of its own
     return lambda script: argv[script.__name__]
 
 

@@ -9,14 +9,15 @@ import pytest
 import bco_baseline
 import hype
 import hyper
+import mbarl
 import sac
 import sac_eo
 import sra_offline
-from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_SAC, TINY_SAC_EO, TINY_SRA, run
+from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_MBARL, TINY_SAC, TINY_SAC_EO, TINY_SRA, run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "demos" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = dict(sac=sac, hype=hype, hyper=hyper, sac_eo=sac_eo, bco_baseline=bco_baseline, sra_offline=sra_offline)
+MODULES = dict(sac=sac, hype=hype, hyper=hyper, sac_eo=sac_eo, bco_baseline=bco_baseline, sra_offline=sra_offline, mbarl=mbarl)
 PAGE_OF = dict(bco_baseline="sac_eo")  # the others have a page of their own name
 COMMANDS = sorted({
     (page.name, match[1], match[2]) for page in PAGES
@@ -36,6 +37,7 @@ def finished(tmp_path_factory, demos):
             extra = dict(sac=TINY_SAC, hype=[*TINY_HYPE, "--demos", demos], hyper=of_hyper)
             extra |= dict(sac_eo=[*TINY_SAC_EO, "--demos", demos], bco_baseline=[*TINY_BCO, "--demos", demos])
             extra |= dict(sra_offline=[*TINY_SRA, "--demos", demos, "--offline-data", demos, "--rollout-freq", "20"])
+            extra |= dict(mbarl=["--env-id", "Tabletop-v0", *TINY_MBARL])
             run(MODULES[script], [*POINT, *extra[script], "--total-timesteps", "70", "--run-dir", folders[script]])
         return folders[script]
 

@@ -17,6 +17,7 @@ import torch
 import bco_baseline
 import hype
 import hyper
+import mbarl
 import sac
 import sac_eo
 import sra_offline
@@ -295,7 +296,7 @@ def test_published_cost_rounds_have_fresh_optimisers_with_harmonic_step_sizes(tm
     assert all(steps == 0 and optimistic for _, steps, optimistic in seen)
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, sra_offline])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline, sra_offline, mbarl])
 def test_same_seed_same_csv_and_another_seed_another(script, tmp_path, argv_of):
     argv = [*argv_of(script), "--total-timesteps", "150", "--eval-every", "50"]
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
