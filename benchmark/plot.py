@@ -3,7 +3,8 @@
     pip install -r benchmark/requirements.txt && python benchmark/plot.py
 
 Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and benchmark/published/<script>.csv, rewrites
-docs/<script>.png, docs/ranking.png and what stands between `<!-- results <script> -->` and `<!-- end -->` in README.md and docs/.
+docs/<script>.png, docs/ranking.png and what stands between `<!-- results <script> -->`
+(or `<!-- comparison <script> -->`) and `<!-- end -->` in README.md and docs/.
 Curves are interquartile means over seeds with 95% stratified bootstrap intervals (rliable, arXiv 2108.13264); with
 fewer than four seeds the interquartile mean is the plain mean.
 """
@@ -112,6 +113,36 @@ def table(script: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def comparison(script: str) -> str:
+    """Markdown rows that compare methods after the same number of steps: the fewest that any of an environment's methods was run for."""
+    found = {key: curve(paths) for key, paths in runs(script).items() if not clones(paths) and not key[1].endswith(("demo", "demos"))}
+    head = [
+        "environment",
+        "env steps",
+        "method",
+        "seeds",
+        "of the expert: mean over these steps",
+        "its last ten evaluations",
+        "first at 90%, each seed",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for env_id in dict.fromkeys(env_id for env_id, _ in found):
+        methods = {variant: value for (env, variant), value in found.items() if env == env_id}
+        end = min(steps[-1] for steps, *_ in methods.values())
+        rows = []
+        for variant, (steps, returns, expert, _) in methods.items():
+            share = returns[:, steps <= end] / expert
+            first = [f"{steps[seed.argmax()]:,}" if seed.any() else "-" for seed in share >= 0.9]
+            rows.append(
+                (
+                    share.mean(),
+                    [env_id, f"{end:,}", variant, f"{len(share)}", f"{share.mean():.0%}", f"{share[:, -10:].mean():.0%}", ", ".join(first)],
+                )
+            )
+        lines += [row for _, row in sorted(rows, key=lambda row: -row[0])] if len(rows) > 1 else []
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def picture(script: str) -> None:
     """One panel for each environment of our results or of curves published by variant; published ones relative to their own expert."""
     results, theirs = runs(script), published(script)
@@ -202,11 +233,11 @@ def main() -> None:
             about = json.loads(path.with_suffix(".json").read_text())["args"]
             assert re.sub("[/:]", "-", about["env_id"]) == path.parent.name, f"{path}: its settings are of {about['env_id']}"
         picture(script)
-        lines = table(script)
-        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-            mark = re.compile(rf"(<!-- results {script} -->\n).*?(<!-- end -->)", re.S)
-            page.write_text(mark.sub(rf"\g<1>{lines}\n\2", page.read_text()))
-        print(f"{script}\n{lines}")
+        for kind, lines in (("results", table(script)), ("comparison", comparison(script))):
+            for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+                mark = re.compile(rf"(<!-- {kind} {script} -->\n).*?(<!-- end -->)", re.S)
+                page.write_text(mark.sub(rf"\g<1>{lines}\n\2", page.read_text()))
+            print(f"{kind} {script}\n{lines}")
 
 
 if __name__ == "__main__":
