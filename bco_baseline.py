@@ -22,8 +22,8 @@ what that makes idle: learned dynamics models predict where the policy's action 
 distance to the expert's next state is minimised through them. BCO learns an inverse model instead, which action led from a state
 to the next, and clones the actions that it names for the expert's transitions. Either learns its models from what the policy does.
 
-    python bco_baseline.py --env-id dm_control/walker-walk-v0
-    python bco_baseline.py --env-id dm_control/walker-walk-v0 --variant inverse
+    python bco_baseline.py --env-id Hopper-v4
+    python bco_baseline.py --env-id Hopper-v4 --variant inverse
 
 What to expect, after how many steps, in how many minutes: docs/sac_eo.md. --help shows the defaults of the --env-id and
 --preset that stand beside it.
@@ -72,7 +72,7 @@ class Args:
     """name of the experiment, part of the run folder's name"""
     variant: Literal["forward", "inverse"] = "forward"
     """the modified BCO, through forward models, or BCO, by an inverse model"""
-    env_id: str = "dm_control/walker-walk-v0"
+    env_id: str = "Hopper-v4"
     """gymnasium id, "dm_control/walker-walk-v0" through shimmy, or "module:Env-v0" for your own"""
     seed: int = 1
     """seed of every random stream of the run"""
@@ -87,7 +87,7 @@ class Args:
     compile: bool = False
     """torch.compile of the update functions: about a minute of warm-up, then faster"""
     bf16: bool = False
-    """hidden layers in bfloat16 (autocast); weights, outputs, losses and optimisers stay float32"""
+    """hidden layers in bfloat16 (autocast), the rest in float32; slow on a CPU whose lscpu does not list avx512_bf16 or amx_bf16"""
     run_dir: str | None = None
     """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
     checkpoint_every: int = 50_000

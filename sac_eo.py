@@ -23,8 +23,8 @@ predicts where the policy's action would lead from an expert's state, and the sq
 minimised through the model. Two models are trained independently; the more they disagree at the expert's states, the smaller
 the weight of the term. Weight 0 is SAC, bit for bit the one of sac.py; weight 1 is the modified BCO of bco_baseline.py.
 
-    python sac_eo.py --env-id dm_control/walker-walk-v0
-    python sac_eo.py --env-id dm_control/walker-walk-v0 --eps-mode fixed --eps-fixed 0.01
+    python sac_eo.py --env-id Hopper-v4
+    python sac_eo.py --env-id Hopper-v4 --eps-mode fixed --eps-fixed 0.01
 
 What to expect, after how many steps, in how many minutes: docs/sac_eo.md. --help shows the defaults of the --env-id and
 --preset that stand beside it.
@@ -72,7 +72,7 @@ class Args:
     # Experiment
     exp_name: str = "sac_eo"
     """name of the experiment, part of the run folder's name"""
-    env_id: str = "dm_control/walker-walk-v0"
+    env_id: str = "Hopper-v4"
     """gymnasium id, "dm_control/walker-walk-v0" through shimmy, or "module:Env-v0" for your own"""
     seed: int = 1
     """seed of every random stream of the run"""
@@ -87,7 +87,7 @@ class Args:
     compile: bool = False
     """torch.compile of the update functions: about a minute of warm-up, then faster"""
     bf16: bool = False
-    """hidden layers in bfloat16 (autocast); weights, outputs, losses and optimisers stay float32"""
+    """hidden layers in bfloat16 (autocast), the rest in float32; slow on a CPU whose lscpu does not list avx512_bf16 or amx_bf16"""
     run_dir: str | None = None
     """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
     checkpoint_every: int = 50_000

@@ -99,7 +99,7 @@ class Args:
     compile: bool = False
     """torch.compile of the update functions: about a minute of warm-up, then faster"""
     bf16: bool = False
-    """hidden layers in bfloat16 (autocast); weights, outputs, losses and optimisers stay float32"""
+    """hidden layers in bfloat16 (autocast), the rest in float32; slow on a CPU whose lscpu does not list avx512_bf16 or amx_bf16"""
     run_dir: str | None = None
     """folder of the run; default runs/<env-id>__<exp-name>-<algo>__<seed>__<time>"""
     checkpoint_every: int = 2_000
