@@ -79,7 +79,7 @@ class Args:
     preset: Literal["default", "paper"] = "default"
     """settings to start from; any other flag beats them. "paper" is the official code's"""
     total_timesteps: int = 300_000
-    """steps taken in the training environment, warm-up included (paper: under 1,000,000)"""
+    """steps taken in the training environment, warm-up included (paper: its SAC-EO is near the expert in under 1,000,000)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes a GPU if there is one"""
     num_threads: int = 1
@@ -114,7 +114,7 @@ class Args:
 
     # Dynamics models
     num_models: Literal[1, 2] = 2
-    """forward models, trained apart from each other; each predicts its part of the expert's transitions"""
+    """forward models, trained apart from each other; each predicts its part of the expert's transitions (inverse: always one model)"""
     model_hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of a model's hidden layers (official: 512 512)"""
     model_lr: float = 1e-3
@@ -1047,9 +1047,10 @@ def train(args: Args) -> dict:
     buffer = ReplayBuffer(args.model_buffer_size, obs_dim, act_dim, device)  # D_m
     expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D^e
     expert.extend(expert_rows)
-    all_expert = expert.split(expert.rows)
+    all_expert = clean = expert.split(expert.rows)
     if args.expert_noise_std:
         noise = torch.randn(all_expert.obs.shape, generator=streams["expert"], device=device)
+        clean = all_expert._replace(next_obs=all_expert.next_obs.clone())
         all_expert.next_obs.add_(args.expert_noise_std * noise * (all_expert.next_obs - all_expert.obs).std(0))
     random = random_transitions(ResumableEnv(make_env(args.env_id), [args.seed, 2]), 1_000, buffer)
     models = (DynamicsModels if args.variant == "forward" else InverseModel)(obs_dim, act_dim, args).to(device)
@@ -1087,13 +1088,13 @@ def train(args: Args) -> dict:
         if args.variant == "forward" and new:
             log.add(model_accuracy(models, new, "agent"))
         log.add(fit_models(models, model_optimizer, update_models, buffer, args, streams["model"]))
-        known = torch.isfinite(all_expert.action).all()  # the expert's actions; nothing else reads them
+        known = torch.isfinite(clean.action).all()  # the expert's actions; nothing else reads them
         if args.variant == "forward":
             log.add(model_accuracy(models, random, "random"))
             if known:
-                log.add(model_accuracy(models, all_expert, "expert"))
+                log.add(model_accuracy(models, clean, "expert"))
         else:
-            for where, batch in [("random", random), *([("expert", all_expert)] if known else [])]:
+            for where, batch in [("random", random), *([("expert", clean)] if known else [])]:
                 with torch.no_grad():
                     wrong = (models(batch.obs, batch.next_obs) - batch.action).square().sum(-1).mean()
                 log.add({f"model/action_error_{where}": wrong})
@@ -1118,7 +1119,6 @@ def train(args: Args) -> dict:
             action = actor.act(obs, streams["policy"])
         check_finite({"action": action}, before)
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        # A time limit is no end: only `terminated` stops bootstrapping.
         buffer.add(obs, action, reward, next_obs, terminated)
         obs = next_obs
         counters["env_steps"] += 1

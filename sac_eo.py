@@ -79,7 +79,7 @@ class Args:
     preset: Literal["default", "paper"] = "default"
     """settings to start from; any other flag beats them. "paper" is the official code's"""
     total_timesteps: int = 300_000
-    """steps taken in the training environment, warm-up included (paper: under 1,000,000)"""
+    """steps taken in the training environment, warm-up included (paper: near its expert in under 1,000,000)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where the networks live; auto takes a GPU if there is one"""
     num_threads: int = 1
@@ -275,8 +275,8 @@ def check_args(args: Args) -> None:
     if args.eps_mode == "adaptive" and args.num_models == 1:
         fail("--eps-mode adaptive: the disagreement needs --num-models 2; with one model take --eps-mode true-mse or fixed")
     imitates = args.eps_mode != "fixed" or args.eps_fixed > 0
-    if imitates and args.model_batch_size > min(args.learning_starts, args.model_buffer_size):
-        fail("--model-batch-size must not exceed --learning-starts and --model-buffer-size: the first fit has no more transitions")
+    if imitates and args.model_batch_size > min(args.learning_starts, args.model_buffer_size, args.buffer_size):
+        fail("--model-batch-size must not exceed --learning-starts, --model-buffer-size and --buffer-size: a fit has no more transitions")
     if args.total_timesteps <= args.learning_starts and not args.eval_only:
         fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.learning_starts} (--learning-starts)")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -1140,9 +1140,10 @@ def train(args: Args) -> dict:
     if imitates:
         expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D^e
         expert.extend(expert_rows)
-        all_expert = expert.split(expert.rows)
+        all_expert = clean = expert.split(expert.rows)
         if args.expert_noise_std:
             noise = torch.randn(all_expert.obs.shape, generator=streams["expert"], device=device)
+            clean = all_expert._replace(next_obs=all_expert.next_obs.clone())
             all_expert.next_obs.add_(args.expert_noise_std * noise * (all_expert.next_obs - all_expert.obs).std(0))
         random = random_transitions(ResumableEnv(make_env(args.env_id), [args.seed, 2]), 1_000, buffer)
         models = DynamicsModels(obs_dim, act_dim, args).to(device)
@@ -1179,8 +1180,8 @@ def train(args: Args) -> dict:
             log.add(model_accuracy(models, buffer.split(buffer.newest(args.model_every)), "agent"))
         log.add(fit_models(models, model_optimizer, update_models, buffer, args, streams["model"]))
         log.add(model_accuracy(models, random, "random"))
-        if torch.isfinite(all_expert.action).all():  # nothing else reads them
-            log.add(model_accuracy(models, all_expert, "expert"))
+        if torch.isfinite(clean.action).all():  # nothing else reads them
+            log.add(model_accuracy(models, clean, "expert"))
         noise = torch.randn(all_expert.action.shape, generator=streams["expert"], device=device)
         metrics = imitation_weight(models, agent.actor, all_expert, noise, args)
         counters["imitation_weight"] = float(metrics["losses/imitation_weight"])
