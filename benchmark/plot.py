@@ -116,6 +116,7 @@ def table(script: str) -> str:
 def comparison(script: str) -> str:
     """Markdown rows that compare methods after the same number of steps: the fewest that any of an environment's methods was run for."""
     found = {key: curve(paths) for key, paths in runs(script).items() if not clones(paths) and not key[1].endswith(("demo", "demos"))}
+    found = {key: value for key, value in found.items() if np.isfinite(value[2])}
     head = [
         "environment",
         "env steps",
@@ -150,7 +151,7 @@ def picture(script: str) -> None:
     envs += [f"{robot}-v4" for robot, rows in theirs.items() if "variant" in rows[0] and f"{robot}-v4" not in envs]
     variants = dict.fromkeys(variant for _, variant in results if not variant.endswith(("demo", "demos")))  # those have a table
     colors = dict(zip(variants, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
-    figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 3.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 4.0), squeeze=False, layout="constrained")
     for ax, env_id in zip(axes[0], envs, strict=True):
         rows, scale = theirs.get(env_id.rpartition("-")[0], []), 1.0
         for variant in (variant for variant in variants if (env_id, variant) in results):
@@ -186,7 +187,7 @@ def picture(script: str) -> None:
         if rows or scale != 1:
             ax.axhline(1, color="grey", lw=0.8)
             ax.set(ylabel="return / expert's", ylim=(-0.1, 1.15))
-        ax.legend(fontsize=5, loc="lower right")
+        ax.legend(fontsize=5, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2)
     figure.savefig(ROOT / "docs" / f"{script}.png", dpi=130)
     plt.close(figure)
 
