@@ -91,7 +91,7 @@ class Args:
     bf16: bool = False
     """hidden layers in bfloat16 (autocast), the rest in float32; slow on a CPU whose lscpu does not list avx512_bf16 or amx_bf16"""
     run_dir: str | None = None
-    """folder of the run; default runs/<env-id>__<exp-name>__<seed>__<time>"""
+    """folder of the run; default runs/<env-id>__<exp-name>-<algo>__<seed>__<time>"""
     checkpoint_every: int = 10_000
     """env steps between checkpoints; 0 for none but the last"""
     resume: str | None = None
@@ -1598,7 +1598,7 @@ def train(args: Args) -> dict:
             for k in (1, 5):
                 states, actions = stretches(recent, k)
                 if states.shape[1] and not first:
-                    log.add({f"model/error_{k}_steps": open_loop_error(dynamics, states, actions)})
+                    log.add({f"model/error_{k}_step{'s' * (k > 1)}": open_loop_error(dynamics, states, actions)})
             data, weights = with_reward(data) if learned else data, torch.ones(len(rows), device=device)
             metrics = fit_dynamics(dynamics, dynamics_optimizer, update_dynamics, data, weights, most, args, streams["model"])
             counters["model_batches"] += int(metrics["model/batches"])

@@ -60,7 +60,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import ClassVar, Literal, NamedTuple, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -501,7 +501,7 @@ class Maze2d(gym.Env):
     `reset(options={"start": [4]})` starts anywhere. D4RL's walls stand 0.2 nearer to the origin than its integer cells say.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 50}
     action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
     observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float64)
 
