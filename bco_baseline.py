@@ -49,6 +49,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -1059,9 +1060,10 @@ def train(args: Args) -> dict:
     parts |= {f"{name}_stream": stream for name, stream in streams.items()}
     update, update_models = (compiled(f, args) for f in (bco_update, model_update if args.variant == "forward" else inverse_update))
 
-    fresh = dict(env_steps=0, updates=0)
+    demos_hash = zlib.crc32(expert_rows.numpy().tobytes() + str(expert_return).encode())
+    fresh = dict(env_steps=0, updates=0, demos_hash=demos_hash)
     checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=fresh)
-    if args.resume and checkpoint["parts"]["log"]["rows"][-1]["expert_return"] != expert_return:
+    if checkpoint["counters"]["demos_hash"] != demos_hash:
         fail(f"--resume {args.resume}: the demonstrations in {demos} are not those of the run")
     run_dir = make_run_dir(args)
     counters = checkpoint["counters"]

@@ -54,6 +54,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -394,6 +395,8 @@ def check_args(args: Args) -> None:
             fail(f"{flag} {steps}: nothing is learned in the first {args.initial_steps} (--initial-steps)")
     if args.bc_weight and not round(args.expert_share * args.batch_size):
         fail(f"--bc-weight {args.bc_weight}: there are no expert rows in the batch with --expert-share {args.expert_share}")
+    if args.cost_data == "rollout" and args.cost_every == 1:
+        fail("--cost-data rollout takes whole episodes for a gradient step of the cost: give --cost-every too")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track: wandb is not installed; pip install wandb")
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++", "cl"))):
@@ -1433,9 +1436,10 @@ def train(args: Args) -> dict:
         terminates = lambda obs, action, next_obs: learned(next_obs) > 0  # noqa: E731
     update, update_dynamics, update_cost = (compiled(function, args) for function in (sac_update, dynamics_update, cost_update))
 
-    fresh = dict(env_steps=0, train_steps=0, cost_rollout_steps=0, updates=0, cost_rounds=0, updates_since_round=0)
+    demos_hash = zlib.crc32(expert_rows.numpy().tobytes() + str(expert_return).encode())
+    fresh = dict(env_steps=0, train_steps=0, cost_rollout_steps=0, updates=0, cost_rounds=0, updates_since_round=0, demos_hash=demos_hash)
     checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=fresh)
-    if args.resume and checkpoint["parts"]["log"]["rows"][-1]["expert_return"] != expert_return:
+    if checkpoint["counters"]["demos_hash"] != demos_hash:
         fail(f"--resume {args.resume}: the demonstrations in {demos} are not those of the run")
     run_dir = make_run_dir(args)
     counters = checkpoint["counters"]

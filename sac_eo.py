@@ -51,6 +51,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -1151,9 +1152,10 @@ def train(args: Args) -> dict:
         parts |= dict(models=models, model_optimizer=model_optimizer)
     update, update_models = compiled(sac_update, args), compiled(model_update, args)
 
-    fresh = dict(env_steps=0, updates=0, imitation_weight=0.0)
+    demos_hash = zlib.crc32(expert_rows.numpy().tobytes() + str(expert_return).encode()) if imitates else 0
+    fresh = dict(env_steps=0, updates=0, imitation_weight=0.0, demos_hash=demos_hash)
     checkpoint = read_checkpoint(Path(args.resume)) if args.resume else dict(counters=fresh)
-    if args.resume and not np.array_equal(checkpoint["parts"]["log"]["rows"][-1]["expert_return"], expert_return, equal_nan=True):
+    if checkpoint["counters"]["demos_hash"] != demos_hash:
         fail(f"--resume {args.resume}: the demonstrations in {demos} are not those of the run")
     run_dir = make_run_dir(args)
     counters = checkpoint["counters"]

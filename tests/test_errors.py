@@ -66,6 +66,9 @@ WRONG = [
     (hype, [*HOPPER, "--algo", "gail", "--preset", "paper"], r"gail is not one of the paper's methods"),
     (hype, [*HOPPER, "--algo", "bc", "--reset-prob", "0.5"], r"--algo bc clones and does nothing else"),
     (hype, [*HOPPER, "--reset-prob", "2"], r"--reset-prob must be between 0 and 1, got 2.0"),
+    (hype, [*HOPPER, "--lr-sawtooth", "5000"], r"--lr-sawtooth starts again .*: give --cost-every too"),
+    (hype, [*HOPPER, "--cost-data", "rollout"], r"--cost-data rollout takes whole episodes .*: give --cost-every too"),
+    (hyper, [*HOPPER, "--cost-data", "rollout"], r"--cost-data rollout takes whole episodes .*: give --cost-every too"),
     (hyper, [*POINT], r"demos/tests.pointmass-PointMass-v0.npz"),
 ]  # fmt: skip
 
@@ -144,12 +147,13 @@ def test_resume_of_another_scripts_run(finished, capsys, tmp_path):
     assert "a run of sac.py, not of hyper.py" in complaint(hyper, ["--resume", str(finished)], capsys, tmp_path)
 
 
-def test_resume_with_other_demonstrations(capsys, tmp_path, hyper_point, demos):
+@pytest.mark.parametrize("changed", ["rewards", "observations"])
+def test_resume_with_other_demonstrations(changed, capsys, tmp_path, hyper_point, demos):
     """They may have moved, not changed; what the run is about stays as it was."""
     run(hyper, [*hyper_point, "--total-timesteps", "70", "--run-dir", tmp_path / "run"])
     about = (tmp_path / "run" / "args.json").read_text()
     data = dict(np.load(demos))
-    data["rewards"] += 1
+    data[changed][0] += 1
     np.savez(tmp_path / "other.npz", **data)
     capsys.readouterr()
     line = complaint(hyper, ["--resume", str(tmp_path / "run"), "--demos", str(tmp_path / "other.npz")], capsys, tmp_path / "no")

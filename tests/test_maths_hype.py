@@ -24,12 +24,14 @@ def test_hybrid_share_schedules_4():
         assert hype.hybrid_share(schedule, steps) == pytest.approx(share, abs=1e-6), (schedule, steps)
 
 
-def test_a_fifth_of_a_batch_is_51_expert_rows():
-    assert round(hype.hybrid_share((0.2,), 0) * 256) == 51  # and 205 of the learner; the released code takes 51 and 204
-
-
-@pytest.mark.parametrize("algo, ratio, clones", [("hype", 0.5, 0), ("mm", 0.0, 0), ("bc-reg", 0.0, 16)])
-def test_what_a_batch_holds_5(algo, ratio, clones, tmp_path, demos, monkeypatch, hype_point):
+@pytest.mark.parametrize(
+    "algo, extra, own, shown, clones",
+    [
+        ("hype", [], 8, 8, 0), ("mm", [], 16, 0, 0), ("bc-reg", [], 16, 0, 16),
+        ("hype", ["--hybrid-ratio", "0.2", "--batch-size", "256"], 205, 51, 0),  # the released code takes 204 and 51
+    ],
+)  # fmt: skip
+def test_what_a_batch_holds_5(algo, extra, own, shown, clones, tmp_path, demos, monkeypatch, hype_point):
     seen, original = [], hype.sac_update
 
     def watch(agent, batch, actor_obs, noise, args, cloned, cloned_noise):
@@ -37,14 +39,42 @@ def test_what_a_batch_holds_5(algo, ratio, clones, tmp_path, demos, monkeypatch,
         return original(agent, batch, actor_obs, noise, args, cloned, cloned_noise)
 
     monkeypatch.setattr(hype, "sac_update", watch)
-    run(hype, [*hype_point, "--algo", algo, "--total-timesteps", "100", "--run-dir", tmp_path])
+    run(hype, [*hype_point, "--algo", algo, *extra, "--total-timesteps", "100", "--run-dir", tmp_path])
     expert = {row.tobytes() for row in hype.load_demos(demos, POINT[1], hype.make_env(POINT[1]), 4)[0][:, :6].numpy()}
     assert len(seen) == 41
     for batch, actor_obs, cloned in seen:
         marks = [row.tobytes() in expert for row in torch.cat([batch.obs, batch.action], 1).numpy()]
-        n = round(16 * ratio)
-        assert marks == [False] * (16 - n) + [True] * n and torch.equal(actor_obs, batch.obs)
+        assert marks == [False] * own + [True] * shown and torch.equal(actor_obs, batch.obs)
         assert len(cloned.obs) == clones and all(row.tobytes() in expert for row in torch.cat([cloned.obs, cloned.action], 1).numpy())
+
+
+def test_blocks_of_updates_of_the_paper_on_a_v5_robot(tmp_path, monkeypatch):
+    """Four updates each fourth step: each has rows of its own and its block's share of expert rows; it resumes exactly."""
+    seen, original = [], hype.sac_update
+
+    def watch(agent, batch, actor_obs, noise, args, cloned, cloned_noise):
+        seen.append((batch, noise, cloned, cloned_noise))
+        return original(agent, batch, actor_obs, noise, args, cloned, cloned_noise)
+
+    monkeypatch.setattr(hype, "sac_update", watch)
+    ratio = (0.75, 0.25, 30, 0.0, 60)
+    argv = ["--env-id", "Hopper-v5", "--demos", HOPPER, "--preset", "paper", *TINY_HYPE, "--initial-steps", "40", "--hybrid-ratio", *ratio,
+            "--cost-hidden-sizes", "16", "--updates-per-step", "4", "--update-every", "4", "--cost-every", "30", "--lr-sawtooth", "30",
+            "--cost-batch-size", "16", "--cost-episodes", "1", "--bc-weight", "1", "--total-train-steps"]  # fmt: skip
+    run(hype, [*argv, "160", "--run-dir", tmp_path / "whole"])
+    expert = {row.tobytes() for row in hype.load_demos(HOPPER, "Hopper-v4", hype.make_env("Hopper-v4"), 4)[0][:, :14].numpy()}
+    assert len(seen) == 4 * (1 + (160 - 40) // 4)
+    for u, (batch, noise, cloned, cloned_noise) in enumerate(seen):
+        marks = [row.tobytes() in expert for row in torch.cat([batch.obs, batch.action], 1).numpy()]
+        assert sum(marks) == round(hype.hybrid_share(ratio, u // 4 * 4) * 16), u
+        assert all(row.tobytes() in expert for row in torch.cat([cloned.obs, cloned.action], 1).numpy())
+        assert not any(torch.equal(noise, other[1]) for other in seen[:u]) and cloned_noise.std() > 0.5
+        assert not any(torch.equal(cloned.obs, other[2].obs) for other in seen[:u])
+        assert u == 0 or not torch.equal(batch.obs, seen[u - 1][0].obs)
+    run(hype, [*argv, "111", "--run-dir", tmp_path / "parts"])
+    run(hype, ["--resume", tmp_path / "parts", "--total-train-steps", "160"])
+    whole, parts = (torch.load(tmp_path / name / "policy.pt", weights_only=True)["actor"] for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 HOPPER = str(hype.Path(hype.__file__).parent / "demos" / "Hopper-v4.npz")
@@ -72,6 +102,23 @@ def test_resets_restore_the_demonstration_exactly_12():
             np.testing.assert_array_equal(obs.astype(np.float32), data["next_observations"][t])
         assert truncated and not terminated
     assert len({env.reset(seed=seed)[0].tobytes() for seed in range(50)}) > 40
+
+
+def test_steps_left_are_those_of_episodes_of_different_lengths_12(tmp_path):
+    """Of 601, 1,000 and 399 steps; the first two are used."""
+    data = dict(np.load(HOPPER))
+    parts = [np.arange(601), np.arange(1000, 2000), np.arange(2000, 2399)]
+    marked = [rows[::4] // 4 for rows in parts]
+    cut = {name: data[name][np.concatenate(parts)] for name in data if name not in ("states", "metadata")}
+    cut["truncations"][[600, 1600, 1999]] = 1
+    np.savez(tmp_path / "Hopper-v4.npz", **cut, states=data["states"][np.concatenate(marked)])
+    env = hopper_resets(path=str(tmp_path / "Hopper-v4.npz"), num_demos=2, reset_prob=1.0)
+    assert len(env.states) == 151 + 250
+    for start in (0, 150, 151, 400):
+        obs, row = env.restore(start), 4 * start if start < 151 else 1000 + 4 * (start - 151)
+        np.testing.assert_array_equal(obs, data["observations"][row])
+        assert env.limit._elapsed_steps == row % 1000
+        np.testing.assert_array_equal(env.step(data["actions"][row])[0].astype(np.float32), data["next_observations"][row])
 
 
 def test_resets_have_their_probability():
@@ -143,6 +190,16 @@ def test_steps_are_all_counted_14(tmp_path, hype_point, monkeypatch):
     last = run(hype, [*hype_point, "--cost-data", "rollout", "--cost-every", "50", "--total-timesteps", "600", "--run-dir", tmp_path])
     assert last["env_steps"] == len(calls) == last["charts/train_steps"] + last["charts/cost_rollout_steps"]
     assert last["charts/cost_rollout_steps"] > 100
+
+
+def test_steps_of_reset_episodes_are_counted_14(tmp_path, monkeypatch):
+    """All but the three that check the states; a reset itself takes none."""
+    calls, original = [], hype.gym.envs.mujoco.hopper_v4.HopperEnv.step
+    monkeypatch.setattr(hype.gym.envs.mujoco.hopper_v4.HopperEnv, "step", lambda self, a: [calls.append(1), original(self, a)][1])
+    unseen = dict(eval_return_mean=0.0, eval_return_std=0.0, eval_success_rate=0.0, eval_length_mean=0.0)
+    monkeypatch.setattr(hype, "evaluate", lambda *_: unseen)
+    argv = ["--env-id", "Hopper-v4", "--algo", "hype-filter", *TINY_HYPE, "--total-timesteps", "300", "--run-dir", tmp_path]
+    assert run(hype, argv)["env_steps"] == 300 == len(calls) - 3
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -234,19 +291,24 @@ def test_a_batch_is_relabelled_with_the_current_cost(tmp_path, hype_point, monke
 
 
 # ------------------------------------------------------------------------------------------- cloning
-def test_cloning_on_narrow_actions_learns_and_executes_them_15():
-    """Demonstrations in [-0.4, 0.4], as Humanoid's: cloned in [-1, 1], executed in the environment's own unit."""
-    torch.manual_seed(0)
-    args = hype.Args(hidden_sizes=(64, 64), actor_lr=3e-3)
-    agent, env = hype.Agent(3, 2, args), hype.gym.wrappers.RescaleAction(pointmass.PointMass(), np.float32(-1), np.float32(1))
-    obs = torch.randn(256, 3)
-    shown = 0.4 * torch.tanh(obs[:, :2])  # what the expert did, in its own unit
-    action = shown / 0.4
-    zeros = torch.zeros(256)
-    for _ in range(600):
-        hype.clone_update(agent, hype.Batch(obs, action.clamp(-1 + 1e-6, 1 - 1e-6), zeros, obs, zeros), torch.zeros(256, 2), args)
-    done = np.stack([agent.actor.act(o) for o in obs[:50].numpy()])
-    assert np.abs(0.4 * done - shown[:50].numpy()).max() < 0.02 and env.action(np.ones(2, np.float32)) == pytest.approx([2, 2])
+def test_cloning_on_narrow_actions_learns_and_executes_them_15(tmp_path, hype_point, monkeypatch):
+    """Demonstrations in a fifth of the bounds, as Humanoid's in 0.4 of them: what is executed is in the environment's own unit."""
+    pointmass.write_demos(tmp_path / "narrow.npz", episodes=40)
+    data = dict(np.load(tmp_path / "narrow.npz"))
+    narrow = lambda obs: 0.2 * pointmass.expert(obs)  # noqa: E731
+    data["actions"] = np.array([narrow(obs) for obs in data["observations"]])
+    np.savez(tmp_path / "narrow.npz", **data)
+    executed, original = [], pointmass.PointMass.step
+    monkeypatch.setattr(
+        pointmass.PointMass, "step", lambda self, action: [executed.append((self.state.copy(), action)), original(self, action)][1]
+    )
+    flags = ["--algo", "bc", "--hidden-sizes", "64", "64", "--batch-size", "64", "--total-timesteps", "1500", "--actor-lr", "1e-3"]
+    flags += ["--demos", tmp_path / "narrow.npz", "--num-demos", "40", "--eval-every", "1500"]
+    run(hype, [*hype_point, *flags, "--run-dir", tmp_path / "run"])
+    assert len(executed) == 100  # an episode at the start, one at the end
+    shown, done = np.array([narrow(obs) for obs, _ in executed[50:]]), np.array([action for _, action in executed[50:]])
+    assert np.abs(data["actions"]).max() == pytest.approx(0.4) and np.abs(shown).max() > 0.1
+    assert np.abs(done - shown).mean() < 0.15 * np.abs(shown).mean()
 
 
 def test_cloning_takes_no_environment_steps_and_imitates(tmp_path, hype_point, demos):
@@ -291,9 +353,16 @@ def test_a_small_actor_is_saved_and_evaluated(tmp_path, hype_point):
     assert np.isfinite(hype.evaluate_policy(args)["eval_return_mean"])
 
 
-@pytest.mark.parametrize("algo", ["mm", "filter", "hype-filter", "bc-reg", "gail", "bc"])
-def test_every_method_runs_and_resumes_exactly(algo, tmp_path):
-    argv = ["--env-id", "Hopper-v4", "--algo", algo, *TINY_HYPE, "--demo-noise", "0.05", "--eval-every", "40"]
+@pytest.mark.parametrize(
+    "env_id,algo",
+    [
+        ("Hopper-v4", "mm"), ("Hopper-v4", "filter"), ("Ant-v4", "hype-filter"), ("Walker2d-v4", "bc-reg"), ("Ant-v5", "gail"),
+        ("Hopper-v4", "bc"), ("Walker2d-v5", "hype"),
+    ],
+)  # fmt: skip
+def test_every_method_runs_and_resumes_exactly(env_id, algo, tmp_path):
+    shown = HOPPER.replace("Hopper-v4", env_id.replace("v5", "v4"))
+    argv = ["--env-id", env_id, "--demos", shown, "--algo", algo, *TINY_HYPE, "--demo-noise", "0.05", "--eval-every", "40"]
     run(hype, [*argv, "--total-timesteps", "160", "--run-dir", tmp_path / "whole"])
     run(hype, [*argv, "--total-timesteps", "120", "--run-dir", tmp_path / "parts"])
     run(hype, ["--resume", tmp_path / "parts", "--total-timesteps", "160"])
