@@ -245,7 +245,7 @@ _PAPER = dict(
     lr_sawtooth=10_000, eval_every=70_000, eval_episodes=10, checkpoint_every=100_000,
 )  # fmt: skip
 _SCHEDULES = dict(Ant=_TO_A_TENTH, Walker2d=_TO_A_TENTH, Hopper=_TO_A_HUNDREDTH, Humanoid=_TO_A_HUNDREDTH)
-_SCHEDULES["HalfCheetah"] = _TO_A_TENTH  # not in the released code
+_SCHEDULES |= {"HalfCheetah": _TO_A_TENTH}  # not in the released code
 PRESETS: dict[str, dict[str, dict]] = {
     "default": {**_METHODS, "gail": _GAIL, "bc": dict(total_timesteps=20_000, eval_every=5_000, eval_episodes=20)},
     "paper": {"*": _PAPER, **_METHODS}

@@ -144,9 +144,11 @@ class Args:
     record_demos: str | None = None
     """write demonstrations of the final (or --checkpoint) policy to this .npz file"""
     record_episodes: int = 10
-    """full-length episodes to record"""
+    """full-length episodes to record (--record-sampled: episodes)"""
     record_level: float | None = None
     """record not the final actor but the first one whose evaluation went this share of the way from first to last return"""
+    record_sampled: bool = False
+    """record sampled actions instead of the mean ones, and every episode however it ends: offline data rather than demonstrations"""
 
 
 # Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
@@ -232,6 +234,8 @@ def check_args(args: Args) -> None:
         fail(f"--record-demos {args.record_demos}: there is no folder {Path(args.record_demos).absolute().parent}")
     if args.record_level is not None and not args.record_demos:
         fail("--record-level goes with --record-demos PATH")
+    if args.record_sampled and not args.record_demos:
+        fail("--record-sampled goes with --record-demos PATH")
     if args.total_timesteps <= args.learning_starts and not args.eval_only:
         fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.learning_starts} (--learning-starts)")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -873,13 +877,14 @@ def simulator_state(env: gym.Env) -> np.ndarray:
 
 
 def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
-    """Writes full-length episodes of the deterministic actor as time-flattened float32 arrays (demos/README.md).
+    """Writes full-length episodes of the deterministic actor, or all of the sampling one, as flat float32 arrays (demos/README.md).
 
     MuJoCo's own robots also get qpos, qvel, and at each fourth step the simulator's whole state, which restores it exactly.
     """
     env = make_env(args.env_id)
     rescaled, limit = rescaling(env), env.spec.max_episode_steps
     env = ResumableEnv(env, [args.seed, 2])
+    stream = torch.Generator().manual_seed(args.seed) if args.record_sampled else None
     episodes, kept_returns, all_returns, data = 0, [], [], getattr(env.unwrapped, "data", None)
     has_joints = hasattr(data, "qpos") and hasattr(data, "qvel")
     has_state = has_joints and is_mujoco(env)
@@ -893,7 +898,7 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
             episode_states: list[np.ndarray] = []
             obs, done = env.reset(), False
             while not done:
-                action = actor.act(obs)
+                action = actor.act(obs, stream)
                 step = dict(observations=obs, actions=rescaled.action(action))
                 if has_joints:
                     step.update(qpos=data.qpos.copy(), qvel=data.qvel.copy())
@@ -906,7 +911,7 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
                 obs, done = next_obs, terminated or truncated
             episodes += 1
             all_returns.append(env.episode_return)
-            if not terminated and (limit is None or len(env.executed) == limit):
+            if args.record_sampled or (not terminated and (limit is None or len(env.executed) == limit)):
                 kept_returns.append(env.episode_return)
                 states.extend(episode_states)
                 for name, values in episode.items():
@@ -923,8 +928,8 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
     if states:
         arrays["states"] = np.array(states)
     write_atomically(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
-    print(f"{path}: {len(kept_returns)} episodes, return {metadata['return_mean']:.1f} +- {metadata['return_std']:.1f}; "
-          f"dropped {dropped:.0%} of {episodes} episodes as shorter than the time limit")  # fmt: skip
+    shorter = "" if args.record_sampled else f"; dropped {dropped:.0%} of {episodes} episodes as shorter than the time limit"
+    print(f"{path}: {len(kept_returns)} episodes, return {metadata['return_mean']:.1f} +- {metadata['return_std']:.1f}{shorter}")
 
 
 def first_at_level(run_dir: Path, rows: list[dict], level: float) -> dict:
@@ -1039,7 +1044,7 @@ def train(args: Args) -> dict:
             policy = first_at_level(run_dir, log.rows, args.record_level)
             agent.actor.load_state_dict(policy["actor"])
             write_atomically(run_dir / "policy_at_level.pt", lambda file: torch.save(policy, file))
-        about = dict(script=SCRIPT, env_steps=policy["env_steps"], record_level=args.record_level)
+        about = dict(script=SCRIPT, env_steps=policy["env_steps"], record_level=args.record_level, sampled=args.record_sampled)
         record_demos(Path(args.record_demos), agent.actor.cpu(), args, about)
     return log.rows[-1]
 
@@ -1052,7 +1057,7 @@ if __name__ == "__main__":
     if args.eval_only:
         policy = evaluate_policy(args)
         if args.record_demos:
-            about = dict(script=policy["script"], env_steps=policy["env_steps"], record_level=None)
+            about = dict(script=policy["script"], env_steps=policy["env_steps"], record_level=None, sampled=args.record_sampled)
             record_demos(Path(args.record_demos), policy["actor"], args, about)
     else:
         train(args)

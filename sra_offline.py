@@ -137,9 +137,9 @@ class Args:
     lr: float = 1e-3
     """Adam step size (paper: 1e-3 in mazes, else 1e-4)"""
     lr_cosine: bool = True
-    """the actor's falls to 0 along a cosine (iql; unknown of the other learners, which have it constant)"""
+    """the actor's falls to 0 along a cosine (paper: iql and otil)"""
     lr_decay: bool = True
-    """a tenth of the step size for the critics' and the value's second half (paper: in mazes, also the actor's)"""
+    """a tenth of the step size for the critics' and the value's second half (paper: iql in mazes, also the actor's)"""
     weight_decay: float = 0.005
     """L2 added to gradients (iql, awac: of all networks; others: of the actor; sac-n, otil and demodice have none)"""
     gamma: float = 0.99
@@ -215,13 +215,14 @@ class Args:
 # Flags on the command line beat these. Keys are data sets, methods, learners, or a data set and a method; "*" applies always.
 _ROBOTS = {"hopper": "Hopper", "walker2d": "Walker2d", "halfcheetah": "HalfCheetah", "ant": "Ant"}
 _LEVELS = ("medium", "medium-expert")
-_CONSTANT = dict(lr_cosine=False, lr_decay=False)
 _METHODS = {
-    "romi": dict(self_paced=False, resample=False),
-    "otil": dict(learner="iql", lr=3e-4, lr_decay=False, weight_decay=0.0, bc_weight=0.0),
-    "bc": dict(lr_decay=False), "dwbc": dict(**_CONSTANT, lr=1e-4), "demodice": dict(**_CONSTANT, lr=3e-4, weight_decay=0.0),
-    "td3bc": dict(**_CONSTANT, lr=3e-4, rl_weight=2.5), "awac": dict(**_CONSTANT, lr=3e-4, temperature=1.0),
-    "sac-n": dict(**_CONSTANT, lr=3e-4, weight_decay=0.0),
+    "romi": dict(self_paced=False, resample=False, warmup_steps=0), "otil": dict(learner="iql", weight_decay=0.0, bc_weight=0.0),
+    "demodice": dict(weight_decay=0.0), "td3bc": dict(rl_weight=2.5), "awac": dict(temperature=1.0), "sac-n": dict(weight_decay=0.0),
+}  # fmt: skip
+_CONSTANT = dict(lr_cosine=False, lr_decay=False)
+_STEP_SIZES = {  # of the methods' own codes, whose runs are much longer than the default; there, all have the environment's
+    "bc": dict(**_CONSTANT, lr=1e-4), "dwbc": dict(**_CONSTANT, lr=1e-4), "otil": dict(lr=3e-4, lr_decay=False),
+    **{name: dict(**_CONSTANT, lr=3e-4) for name in ("demodice", "td3bc", "awac", "sac-n")},
 }  # fmt: skip
 _ROBOT = dict(
     total_timesteps=30_000, lr=3e-4, lr_decay=False, model_ratio=0.1, reverse_action="cvae", rollout_length=1, rollout_freq=3_000,
@@ -245,7 +246,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "paper": {"*": _PAPER}
     | {f"maze2d-{maze}": {**_PAPER_MAZE, "model_ratio": ratio} for maze, ratio in (("umaze", 0.7), ("medium", 0.5), ("large", 0.5))}
     | {f"{robot}-{level}": {**_PAPER_ROBOT, **(_HOPPER if robot == "hopper" else {})} for robot in _ROBOTS for level in _LEVELS}
-    | {**_METHODS, "bc": dict(**_CONSTANT, lr=1e-4)},
+    | {name: {**_METHODS.get(name, {}), **_STEP_SIZES.get(name, {})} for name in {**_METHODS, **_STEP_SIZES}},
 }  # fmt: skip
 POSITIVE = """
     total_timesteps num_threads num_demos offline_steps hidden_sizes batch_size lr temperature num_critics model_members
@@ -309,7 +310,8 @@ def parse_args(argv: list[str]) -> Args:
     own = args.env_id and not any(word.startswith("--dataset") for word in argv)
     settings = dict(dataset="own" if own else args.dataset, algo=args.algo, learner=args.learner)
     settings["env_id"] = args.env_id or policy.get("env_id") or env_of(args.dataset)
-    for key in ("*", settings["dataset"], args.algo, args.learner if args.algo in (*AUGMENTING, "uds") else None):
+    name = settings["dataset"] if settings["dataset"] in PRESETS["paper"] else like(settings["env_id"])
+    for key in ("*", name, args.algo, args.learner if args.algo in (*AUGMENTING, "uds") else None):
         settings |= PRESETS[args.preset].get(key, {})
     return cli(replace(Args(), **settings), argv)
 
@@ -349,16 +351,19 @@ def check_args(args: Args) -> None:
         fail(f"--learner {args.learner}: --algo {args.algo} has no value learner to choose")
     if args.algo == "romi" and (args.self_paced or args.resample):
         fail("--algo romi has neither --self-paced nor --resample: take --algo sra")
-    rounds = (args.total_timesteps - args.warmup_steps) // args.rollout_freq if args.self_paced else 1
-    if args.algo in AUGMENTING and (args.warmup_steps >= args.total_timesteps or rounds < 1):
-        flags = f"--warmup-steps {args.warmup_steps}, --rollout-freq {args.rollout_freq}"
-        fail(f"{flags}: no round of rollouts in {args.total_timesteps} steps")
-    if args.algo in AUGMENTING and args.aug_size // rounds < args.rollout_length:
-        fail(f"--aug-size {args.aug_size}: less than one rollout of {args.rollout_length} steps in each of {rounds} rounds")
+    if args.algo in AUGMENTING and args.warmup_steps >= args.total_timesteps:
+        fail(f"--warmup-steps {args.warmup_steps}: no round of rollouts in {args.total_timesteps} steps")
+    if args.algo in AUGMENTING and args.aug_size // rounds_of(args) < args.rollout_length:
+        fail(f"--aug-size {args.aug_size}: less than one rollout of {args.rollout_length} steps in each of {rounds_of(args)} rounds")
     if args.plot_augmentation and (args.algo not in AUGMENTING or not args.env_id.startswith("maze2d-")):
         fail("--plot-augmentation: for --algo sra, romi and forward in the mazes")
     if args.plot_augmentation and importlib.util.find_spec("matplotlib") is None:
         fail("--plot-augmentation: matplotlib is not installed; pip install matplotlib")
+
+
+def rounds_of(args: Args) -> int:
+    """Rounds of rollouts in a run: one after the warm-up, then one each rollout_freq gradient steps."""
+    return math.ceil((args.total_timesteps - args.warmup_steps) / args.rollout_freq) if args.self_paced else 1
 
 
 # ---------------------------------------------------------------------------------------------- environment
@@ -646,6 +651,11 @@ def env_of(dataset: str) -> str:
     return f"maze2d-{maze[1]}-v1" if maze else f"{robot}-v4" if robot else ""
 
 
+def like(env_id: str) -> str:
+    """The named data set on whose settings runs on other data start: those of the same maze or robot."""
+    return env_id.removesuffix("-v1") if env_id.startswith("maze2d-") else re.split(r"-v[45]$", env_id)[0].lower() + "-medium"
+
+
 def sources(args: Args) -> tuple[str | None, str | None]:
     """Where D_E and D_S come from: files, "minari:ID", "generated", or None where nothing says it."""
     demos, offline = None, args.dataset if args.dataset.startswith("minari:") else None
@@ -663,7 +673,7 @@ def load_transitions(source: str, flag: str, part: Literal["expert", "offline"],
     if source == "generated":
         source = str(maze_file(args.env_id.split("-")[1], part, args))
     if part == "offline" and not source.startswith("minari:") and not Path(source).exists():
-        level = f"--env-id {args.env_id} --record-level 0.33 --record-demos {source} --record-episodes 100"
+        level = f"--env-id {args.env_id} --record-level 0.33 --record-sampled --record-demos {source} --record-episodes 100"
         fail(f"{where} no such file" + (f"; record it with: python sac.py {level}" if args.dataset != "own" else ""))
     data = load_minari(source[7:]) if source.startswith("minari:") else load_npz(source)
     if source.startswith("minari:D4RL/pointmaze/") and isinstance(env.unwrapped, Maze2d):
@@ -1170,10 +1180,11 @@ def td3bc_update(
     metrics = {"losses/critic": critic_loss.detach(), "losses/q": q.detach().mean()}
     if not actor_step:
         return metrics
-    clone = -agent.actor.log_prob(expert.obs, expert.action).sum(-1).mean()
+    cloning = -agent.actor.log_prob(expert.obs, expert.action).sum(-1)
     action = agent.actor.distribution(batch.obs)[0].tanh()
     value = agent.critic(batch.obs, action)[0]
-    scale = (clone.abs() / value.abs().mean()).detach()  # lambda
+    scale = (cloning.abs().mean() / value.abs().mean()).detach()  # lambda
+    clone = cloning.mean()
     actor_loss = args.bc_weight * clone - args.rl_weight * scale * value.mean()
     agent.actor_optimizer.step(torch.autograd.grad(actor_loss, agent.actor_optimizer.params))
     move_target(agent.target_critic, agent.critic, args.tau)
@@ -1222,10 +1233,10 @@ def sacn_update(
     metrics = {"losses/critic": critic_loss.detach(), "losses/q": q.detach().mean(), "losses/alpha": alpha}
     if not actor_step:
         return metrics
-    clone = -agent.actor.log_prob(expert.obs, expert.action).sum(-1).mean()
+    cloning = -agent.actor.log_prob(expert.obs, expert.action).sum(-1)
     action, log_prob = agent.actor(batch.obs, noise[1])
     value = agent.critic(batch.obs, action).amin(0)
-    scale = (clone.abs() / value.abs().mean()).detach()
+    scale, clone = (cloning.abs().mean() / value.abs().mean()).detach(), cloning.mean()
     actor_loss = args.bc_weight * clone + alpha * log_prob.mean() - args.rl_weight * scale * value.mean()
     agent.actor_optimizer.step(torch.autograd.grad(actor_loss, agent.actor_optimizer.params))
     agent.alpha_optimizer.step([-log_prob.detach().mean() - agent.target_entropy])
@@ -1387,8 +1398,9 @@ def keep_unsure(confidence: torch.Tensor, n: int, generator: torch.Generator) ->
 
 def draw(pools: list[tuple[float, torch.Tensor]], n: int, generator: torch.Generator) -> torch.Tensor:
     """n rows of pools, (share, rows [m, obs]) each, with replacement; a share of an empty pool goes to the first one."""
-    counts = [round(share * n) if len(rows) else 0 for share, rows in pools]
-    counts[0] += n - sum(counts)
+    shares = [share if len(rows) else 0.0 for share, rows in pools]
+    shares[0] += 1 - sum(shares)
+    counts = np.diff([0, *np.rint(n * np.cumsum(shares)).astype(int)]).tolist()
     index = [
         torch.randint(len(rows), (k,), generator=generator, device=rows.device) for k, (_, rows) in zip(counts, pools, strict=True) if k
     ]
@@ -1398,12 +1410,13 @@ def draw(pools: list[tuple[float, torch.Tensor]], n: int, generator: torch.Gener
 def rollouts(
     model: DeltaEnsemble, vae: ActionVAE | None, actor: OfflineActor, pools: list[tuple[float, torch.Tensor]], n: int, act_dim: int,
     generator: torch.Generator, args: Args,
-) -> torch.Tensor:  # fmt: skip
-    """A round of augmentation: rollout_length times n transitions, rows [rollout_length * n, width] with reward 0.
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """A round of augmentation: rollout_length times n transitions, rows [rollout_length * n, width] with reward 0, and all states
+    that were reached, before resampling.
 
     The state that a step reaches, the predecessor (forward: the successor), is where the next step goes on and what is resampled.
     """
-    rows, state = [], None
+    rows, everywhere, state = [], [], None
     for _ in range(args.rollout_length):
         if args.resample:
             state = draw(pools if state is None else [(1.0, state)], 2 * n, generator)
@@ -1414,13 +1427,19 @@ def rollouts(
         else:
             action = 2 * torch.rand(len(state), act_dim, generator=generator, device=state.device) - 1
         reached = model(state, action)
+        everywhere.append(reached)
         if args.resample:
             kept = keep_unsure(actor.confidence(reached, args.confidence), n, generator)
             state, action, reached = state[kept], action[kept], reached[kept]
         obs, next_obs = (state, reached) if args.algo == "forward" else (reached, state)
         rows.append(torch.cat([obs, action, next_obs, torch.zeros(n, 2, device=obs.device)], 1))
         state = reached
-    return torch.cat(rows)
+    return torch.cat(rows), torch.cat(everywhere)
+
+
+def thinned(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """About n (up to 2n) of the rows, evenly spaced."""
+    return rows[:: max(1, len(rows) // n)]
 
 
 def batch_shares(rounds: int, args: Args) -> tuple[int, int, int]:
@@ -1435,11 +1454,13 @@ def batch_shares(rounds: int, args: Args) -> tuple[int, int, int]:
 def sinkhorn(cost: np.ndarray, horizon: int, epsilon: float = 0.01, iterations: int = 100) -> np.ndarray:
     """Entropic transport plan [n, m] between uniform masses 1 / horizon a step, of a cost [n, m] in [0, 2].
 
-    Double precision holds exp(-2 / 0.01), so that scaling needs no logarithms. The rows' masses are exact at the end.
+    Double precision holds exp(-2 / 0.01), so that scaling needs no logarithms, but where n and m differ both factors drift:
+    the rows' is set back each time. The rows' masses are exact at the end.
     """
     kernel, mass = np.exp(-cost.astype(np.float64) / epsilon), 1 / horizon
     rows, columns = np.full(len(cost), 1.0), None
     for _ in range(iterations):
+        rows = rows / rows.max()
         columns = mass / (rows @ kernel)
         scaled = kernel @ columns
         converged = np.abs(rows * scaled - mass).max() < 1e-9
@@ -1585,9 +1606,11 @@ def check_finite(values: dict[str, torch.Tensor | float], env_steps: int) -> Non
 
 
 def plot_augmentation(
-    path: Path, maze: Maze2d, expert: torch.Tensor, imagined: torch.Tensor, actor: OfflineActor, envs: list[gym.Env], args: Args
-) -> float:
-    """A picture of states [n, obs] (normalised) of the newest round by confidence, and of the greedy policy's return by starting cell.
+    path: Path, maze: Maze2d, expert: torch.Tensor, candidates: torch.Tensor, imagined: torch.Tensor, actor: OfflineActor,
+    envs: list[gym.Env], args: Args,
+) -> float:  # fmt: skip
+    """A picture of the newest round's states [n, obs] (normalised), all that were reached in grey (those of a round before a resume
+    are not known) and the kept ones by confidence, and of the greedy policy's return by starting cell.
 
     Returns the mean return from cells without an expert state.
     """
@@ -1603,13 +1626,14 @@ def plot_augmentation(
     seen = np.array([(np.abs(raw(expert)[:, :2] - cell).max(1) < 0.5).any() for cell in cells])
     outside = float(np.mean(np.array(returns)[~seen])) if not seen.all() else math.nan
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5))
-    states = imagined[:: max(1, len(imagined) // 5_000)]
+    states, before = thinned(imagined, 5_000), thinned(candidates, 5_000)
     for axes in (left, right):
         axes.imshow(
             maze.walls.T, cmap="Greys", vmax=2, origin="lower", extent=(-0.7, len(maze.walls) - 0.7, -0.7, maze.walls.shape[1] - 0.7)
         )
         axes.plot(*raw(expert)[::5, :2].T, "k.", ms=1, label="expert", zorder=3)
         axes.plot(*maze.goal, "r*", ms=12, zorder=4)
+    left.plot(*raw(before)[:, :2].T, ".", color="0.8", ms=1, zorder=1)
     points = left.scatter(*raw(states)[:, :2].T, s=3, c=actor.confidence(states, args.confidence).cpu())
     figure.colorbar(points, ax=left, label="confidence")
     points = right.scatter(*cells.T, s=250, c=returns, vmin=0, cmap="viridis", marker="s", alpha=0.8)
@@ -1808,10 +1832,10 @@ def train(args: Args) -> dict:
     if augmenting:
         model = DeltaEnsemble(obs_dim, act_dim, args).to(device)
         vae = ActionVAE(obs_dim, act_dim, args).to(device) if args.reverse_action == "cvae" else None
-        rounds = (args.total_timesteps - args.warmup_steps) // args.rollout_freq if args.self_paced else 1
+        rounds = rounds_of(args)
         n = args.aug_size // rounds // args.rollout_length
         newest = ReplayBuffer(n * args.rollout_length, obs_dim, act_dim, device)
-        older = ReplayBuffer(n * args.rollout_length * max(1, rounds - 1), obs_dim, act_dim, device)
+        older = ReplayBuffer(max(1, n * args.rollout_length * (rounds - 1)), obs_dim, act_dim, device)
         goals = ReplayBuffer(rounds * min(10 * len(expert), len(offline)), obs_dim, act_dim, device)
         if args.model_optim == "adam":
             model_optimizer = Adam(model.net.parameters(), args.model_lr).to(device)
@@ -1847,6 +1871,8 @@ def train(args: Args) -> dict:
     about = f"{args.algo} on {args.dataset if args.dataset != 'own' else args.env_id}"
     tqdm.write(f"{SCRIPT}: {about}, {len(expert)} + {len(offline)} transitions, run folder {run_dir}", file=sys.stderr)
 
+    candidates = all_rows[:0, :obs_dim]  # of the newest round, for a picture
+
     def policy() -> dict:
         return policy_content(agent.actor, eval_env, args, 0)
 
@@ -1854,7 +1880,8 @@ def train(args: Args) -> dict:
         at = counters["updates"]
         check_finite({**log.sums, **dict(agent.actor.named_parameters())}, at)
         confidence = {
-            name: agent.actor.confidence(b.rows[:1_000, :obs_dim]).mean() for name, b in (("expert", expert), ("offline", offline))
+            name: agent.actor.confidence(thinned(b.rows[:, :obs_dim], 1_000), args.confidence).mean()
+            for name, b in (("expert", expert), ("offline", offline))
         }
         log.add({f"model/confidence_{name}": value for name, value in confidence.items()})
         video = run_dir / "videos" / f"step-{at}" if args.capture_video else None
@@ -1874,7 +1901,8 @@ def train(args: Args) -> dict:
         return (1 + math.cos(math.pi * done / of)) / 2
 
     def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+        """Without its cache of weights, since an update changes one network and then evaluates it again."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
 
     def fit_model() -> None:
         """Stage 1: the dynamics. Returns early on a signal."""
@@ -1917,14 +1945,17 @@ def train(args: Args) -> dict:
         if counters["rounds"]:
             older.extend(newest.newest(len(newest)))
         newest.added = 0
-        newest.extend(rollouts(model, vae, agent.actor, pools, n, act_dim, streams["rollout"], args))
+        nonlocal candidates
+        rows, candidates = rollouts(model, vae, agent.actor, pools, n, act_dim, streams["rollout"], args)
+        newest.extend(rows)
         counters["rounds"] += 1
         imagined = newest.rows[:, :obs_dim] if args.algo != "forward" else newest.rows[:, next_obs]
-        log.add({"model/confidence_augmented": agent.actor.confidence(imagined[:: max(1, len(imagined) // 1_000)]).mean()})
+        log.add({"model/confidence_augmented": agent.actor.confidence(thinned(imagined, 1_000), args.confidence).mean()})
 
     def second_half() -> Batch:
         if args.algo in ("otil", "demodice"):
-            return union.split(union.sample((args.batch_size,), streams["replay"]))
+            size = args.batch_size - args.batch_size // 2 if args.algo == "otil" else args.batch_size
+            return union.split(union.sample((size,), streams["replay"]))
         shares = batch_shares(counters["rounds"], args)
         rows = [offline.sample((shares[0],), streams["replay"])]
         rows += [b.sample((k,), streams["augmented"]) for b, k in zip((older, newest), shares[1:], strict=True) if k] if augmenting else []
@@ -1936,8 +1967,8 @@ def train(args: Args) -> dict:
         for name in ("critic_optimizer", "value_optimizer"):
             if hasattr(agent, name):
                 getattr(agent, name).lr.fill_(args.lr * (0.1 if args.lr_decay and 2 * done >= total else 1.0))
-        source = union if args.algo == "otil" else expert
-        batch, other = source.split(source.sample((args.batch_size,), streams["replay"])), second_half()
+        source, size = (union, args.batch_size // 2) if args.algo == "otil" else (expert, args.batch_size)
+        batch, other = source.split(source.sample((size,), streams["replay"])), second_half()
         if args.algo == "demodice":
             first = first_obs[torch.randint(len(first_obs), (args.batch_size,), generator=streams["replay"], device=device)]
             mix = torch.rand(4, args.batch_size, 1, generator=streams["policy"], device=device)
@@ -1950,10 +1981,11 @@ def train(args: Args) -> dict:
 
     if not log.rows:
         evaluate_and_save_policy()
-    if augmenting:
-        fit_model()
-        if vae:
-            fit_vae()
+    if augmenting and counters["updates"] == 0:
+        for fit in (fit_model, fit_vae) if vae else (fit_model,):
+            fit()
+            if args.checkpoint_every and not stop.received:
+                save_checkpoint(run_dir, parts, counters, policy())
     while counters["updates"] < total and not stop.received:
         at = counters["updates"]
         due = at == args.warmup_steps or (args.self_paced and at > args.warmup_steps and (at - args.warmup_steps) % args.rollout_freq == 0)
@@ -1962,7 +1994,8 @@ def train(args: Args) -> dict:
         if args.plot_augmentation and counters["rounds"] and at in {total * quarter // 4 for quarter in range(4)}:
             imagined = newest.rows[:, :obs_dim] if args.algo != "forward" else newest.rows[:, next_obs]
             picture = run_dir / f"augmentation-{at}.png"
-            outside = plot_augmentation(picture, eval_env.unwrapped, expert.rows[:, :obs_dim], imagined, agent.actor, envs, args)
+            states = expert.rows[:, :obs_dim]
+            outside = plot_augmentation(picture, eval_env.unwrapped, states, candidates, imagined, agent.actor, envs, args)
             log.writer.add_scalar("charts/return_outside", outside, at)
         with autocast():
             log.add(update_policy())

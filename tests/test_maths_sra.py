@@ -280,13 +280,18 @@ def test_rollouts_go_on_from_where_they_arrived(algo, resample):
     _, args = agent_and_args(algo=algo, resample=resample, rollout_length=3)
     pool = torch.zeros(4, 4)
     pool[:, 3] = torch.arange(4.0)
-    imagined = sra.rollouts(Shift(4, 2, args), None, Told(4, 2, (8,)), [(1.0, pool)], 50, 2, torch.Generator().manual_seed(0), args)
+    imagined, reached = sra.rollouts(
+        Shift(4, 2, args), None, Told(4, 2, (8,)), [(1.0, pool)], 50, 2, torch.Generator().manual_seed(0), args
+    )
     buffer = sra.ReplayBuffer(150, 4, 2, torch.device("cpu"))
     batch = buffer.split(imagined)
     near, far = (batch.obs, batch.next_obs) if algo == "forward" else (batch.next_obs, batch.obs)
     assert imagined.shape == (150, 12) and not batch.reward.any() and not batch.terminated.any()
     torch.testing.assert_close(far[:, 0], near[:, 0] + 1)
     assert torch.equal(far[:, 1:3], batch.action) and batch.action.abs().max() <= 1 and batch.action.std() > 0.4
+    candidates = 100 if resample else 50
+    assert reached[:, 0].tolist() == [step for step in (1.0, 2.0, 3.0) for _ in range(candidates)]
+    assert {tuple(row) for row in far.tolist()} <= {tuple(row) for row in reached.tolist()}
     for step in range(3):
         assert (near[50 * step : 50 * step + 50, 0] == step).all()
     for step in (1, 2):  # each goes on from a kept state of the step before
@@ -302,6 +307,14 @@ def test_starts_are_drawn_in_their_shares():
     assert torch.bincount(sra.draw(pools, 1_000, generator)[:, 0].long()).tolist() == [900, 70, 30]
     pools[1] = (0.07, torch.zeros(0, 1))
     assert torch.bincount(sra.draw(pools, 1_000, generator)[:, 0].long()).tolist() == [970, 0, 30]
+    pools = [(0.0, pools[0][1]), (0.5, torch.ones(5, 1)), (0.5, pools[2][1])]
+    assert torch.bincount(sra.draw(pools, 5, generator)[:, 0].long()).tolist()[0] == 0  # two halves of 5 are not 6
+
+
+def test_a_round_more_for_the_rest():
+    args = sra.Args(total_timesteps=30, warmup_steps=6, rollout_freq=8)
+    assert [sra.rounds_of(sra.replace(args, total_timesteps=n)) for n in (7, 14, 15, 30, 31)] == [1, 1, 2, 3, 4]
+    assert sra.rounds_of(sra.replace(args, self_paced=False)) == 1
 
 
 def fitted_model(args, near: torch.Tensor, action: torch.Tensor, far: torch.Tensor, steps: int):
@@ -329,6 +342,22 @@ def test_reverse_model_learns_the_closed_form():
     assert error < 0.01
     again = model(near[:600], action[:600])
     assert ((again - far[:600]).square().mean() / (far[:600] - near[:600]).square().mean()).item() == pytest.approx(error, rel=1e-3)
+
+
+def test_reverse_model_is_as_good_as_least_squares_on_maze_data(data_dir, env):
+    """The dynamics are linear but at walls and at the speed limit."""
+    data, agent = load(data_dir, "offline"), agent_and_args()[0]
+    torch.manual_seed(0)
+    near, far, action = (torch.from_numpy(data[name]) for name in ("next_observations", "observations", "actions"))
+    agent.actor.normalise.fit(near)
+    order = torch.randperm(len(near))
+    near, far, action = agent.actor.normalise(near)[order], agent.actor.normalise(far)[order], action[order]
+    _, error = fitted_model(sra.Args(model_hidden_sizes=(64, 64)), near, action, far, 800)
+    held_out, delta = len(near) // 10, (far - near).numpy()
+    design = np.concatenate([near, action, np.ones((len(near), 1))], 1)
+    solution = np.linalg.lstsq(design[held_out:], delta[held_out:], rcond=None)[0]
+    linear = ((design[:held_out] @ solution - delta[:held_out]) ** 2).mean() / (delta[:held_out] ** 2).mean()
+    assert 0.001 < linear < 0.01 and error < 1.5 * linear
 
 
 def test_best_weights_are_kept_by_member():
@@ -389,7 +418,7 @@ def test_what_batches_hold(maze, tmp_path, monkeypatch):
     """Expert rows, then D_S, older and newest imagined rows; older and newest are disjoint; goals go on from D_S."""
     seen, update, newest = [], sra.iql_update, []
     original = sra.rollouts
-    monkeypatch.setattr(sra, "rollouts", lambda *a: [newest.append((a[3], original(*a))), newest[-1][1]][1])
+    monkeypatch.setattr(sra, "rollouts", lambda *a: [newest.append((a[3], *original(*a))), newest[-1][1:]][1])
     monkeypatch.setitem(sra.UPDATES, "iql", lambda *a: [seen.append((len(newest), *a[1:3])), update(*a)][1])
     run(
         sra, [*maze, "--model-ratio", "0.5", "--total-timesteps", "30", "--warmup-steps", "6", "--rollout-freq", "8", "--run-dir", tmp_path]
@@ -398,7 +427,7 @@ def test_what_batches_hold(maze, tmp_path, monkeypatch):
     def as_set(rows):
         return {tuple(row) for row in rows.numpy().round(5).tolist()}
 
-    sets = [as_set(imagined[:, :6]) for _, imagined in newest]
+    sets = [as_set(imagined[:, :6]) for _, imagined, _ in newest]
     assert len(newest) == 3 and [number for number, *_ in seen] == [0] * 6 + [1] * 8 + [2] * 8 + [3] * 8
     assert not sets[0] & sets[1] and not sets[1] & sets[2]
     for number, expert, other in seen:
@@ -409,7 +438,7 @@ def test_what_batches_hold(maze, tmp_path, monkeypatch):
         older, latest = own[shares[0] : shares[0] + shares[1]], own[shares[0] + shares[1] :]
         assert not as_set(own[: shares[0]]) & imagined
         assert as_set(older) <= set().union(*sets[: max(0, number - 1)]) and as_set(latest) <= (sets[number - 1] if number else set())
-    shares = [[round(share, 6) for share, rows in pools] for pools, _ in newest]
+    shares = [[round(share, 6) for share, rows in pools] for pools, *_ in newest]
     assert shares == [[0.9, 0.0, 0.1], [0.9, 0.07, 0.03], [0.9, 0.07, 0.03]]
     assert torch.equal(newest[1][0][1][1], newest[0][0][2][1])  # the goals of the first round are the known ones of the second
 
@@ -473,9 +502,9 @@ def test_td3bc_acts_every_second_step_with_a_scale_free_value():
     assert torch.equal(next(agent.target_critic.parameters()), next(before.target_critic.parameters()))
     sra.td3bc_update(agent, expert, other, noise, True, args)
     obs = torch.cat([expert.obs, other.obs])
-    clone = -before.actor.log_prob(expert.obs, expert.action).sum(-1).mean()
+    cloning = -before.actor.log_prob(expert.obs, expert.action).sum(-1)
     value = agent.critic(obs, before.actor.distribution(obs)[0].tanh())[0]
-    loss = clone - 2.5 * (clone.abs() / value.abs().mean()).item() * value.mean()
+    loss = cloning.mean() - 2.5 * (cloning.abs().mean() / value.abs().mean()).item() * value.mean()
     torch.testing.assert_close(grads[0], torch.autograd.grad(loss, list(before.actor.parameters())))
     for target, old, new in zip(agent.target_actor.parameters(), before.actor.parameters(), agent.actor.parameters(), strict=True):
         torch.testing.assert_close(target, old + 0.005 * (new - old))
@@ -486,6 +515,8 @@ def test_awac_weights_and_target():
     expert, other, noise = transitions(8, 1, 1.0), transitions(6, 2), torch.randn(2, 14, 2)
     assert len(agent.critic.net.hidden) == 3
     before = copy.deepcopy(agent)
+    grads, step = [], agent.actor_optimizer.step
+    agent.actor_optimizer.step = lambda g: [grads.append(g), step(g)]
     metrics = sra.awac_update(agent, expert, other, noise, True, args)
     batch = sra.both(expert, other)
     next_value = before.target_critic(batch.next_obs, before.actor(batch.next_obs, noise[0])[0]).min(0).values
@@ -494,6 +525,9 @@ def test_awac_weights_and_target():
     assert metrics["losses/critic"].item() == pytest.approx(loss.item(), rel=1e-5)
     q, v = (agent.critic(batch.obs, a).min(0).values for a in (batch.action, before.actor(batch.obs, noise[1])[0]))
     assert metrics["losses/weight"].item() == pytest.approx((q - v).exp().mean().item(), rel=1e-5)
+    log_prob = before.actor.log_prob(batch.obs, batch.action).sum(-1)
+    loss = -args.bc_weight * log_prob[:8].mean() - args.rl_weight * ((q - v).exp().detach() * log_prob).mean()
+    torch.testing.assert_close(grads[0], torch.autograd.grad(loss, list(before.actor.parameters())))
 
 
 def test_sac_n_takes_the_least_of_n_critics():
@@ -502,6 +536,8 @@ def test_sac_n_takes_the_least_of_n_critics():
     assert all((layer.bias == 0.1).all() for layer in agent.critic.net.hidden)
     assert agent.critic.net.output.weight.abs().max() <= 0.003 and len(agent.critic.net.output.weight) == 5
     before = copy.deepcopy(agent)
+    grads, step = [], agent.actor_optimizer.step
+    agent.actor_optimizer.step = lambda g: [grads.append(g), step(g)]
     metrics = sra.sacn_update(agent, expert, other, noise, True, args)
     batch = sra.both(expert, other)
     next_action, next_log_prob = before.actor(batch.next_obs, noise[0])
@@ -510,11 +546,74 @@ def test_sac_n_takes_the_least_of_n_critics():
     )
     loss = sum((q - target).square().mean() for q in before.critic(batch.obs, batch.action))
     assert metrics["losses/critic"].item() == pytest.approx(loss.item(), rel=1e-5)
+    cloning = -before.actor.log_prob(expert.obs, expert.action).sum(-1)
+    action, log_prob = before.actor(batch.obs, noise[1])
+    value = agent.critic(batch.obs, action).min(0).values
+    loss = cloning.mean() + log_prob.mean() - (cloning.abs().mean() / value.abs().mean()).item() * value.mean()  # alpha is 1
+    torch.testing.assert_close(grads[0], torch.autograd.grad(loss, list(before.actor.parameters())), rtol=1e-4, atol=1e-6)
     entropy = -before.actor(batch.obs, noise[1])[1].mean().item()
     assert entropy > -2 and agent.log_alpha < 0  # more entropy than -|a|: the temperature falls
 
 
+@pytest.mark.parametrize("learner", ["iql", "td3bc", "awac", "sac-n"])
+def test_bf16_steps_see_the_weights_as_they_are(learner, maze, tmp_path, monkeypatch):
+    """An update with autocast as train sets it equals one that begins anew after each optimiser's step."""
+    contexts, original = [], torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: [contexts.append((a, k)), original(*a, **k)][1])
+    run(sra, [*maze, "--learner", learner, "--bf16", "--total-timesteps", "2", "--run-dir", tmp_path])
+    a, k = contexts[-1]
+    torch.manual_seed(0)
+    agent, args = agent_and_args(learner=learner, lr=0.1, hidden_sizes=(32, 32))
+    expert, other, noise = transitions(8, 1, 1.0), transitions(6, 2), torch.randn(2, 14, 2)
+    cleared = copy.deepcopy(agent)
+    for optimizer in (part for part in cleared.children() if isinstance(part, sra.Adam)):
+        step = optimizer.step
+        optimizer.step = lambda g, step=step: [step(g), torch.clear_autocast_cache()]
+    for one in (agent, cleared):
+        with original(*a, **(k if one is agent else {**k, "cache_enabled": True})):
+            sra.UPDATES[learner](one, expert, other, noise, True, args)
+    assert all(torch.equal(p, q) for p, q in zip(agent.parameters(), cleared.parameters(), strict=True))
+
+
 # Baselines
+def test_dwbc_step_by_hand():
+    """The gradient is of the weighted log-likelihoods, the discriminator's outputs being constants."""
+    agent, args = agent_and_args(algo="dwbc")
+    expert, other = transitions(8, 1), transitions(6, 2)
+    grads, step, before = [], agent.actor_optimizer.step, copy.deepcopy(agent)
+    agent.actor_optimizer.step = lambda g: [grads.append(g), step(g)]
+    sra.dwbc_update(agent, expert, other, torch.zeros(2, 14, 2), True, args)
+    (on_e, lp_e), (on_o, lp_o) = (
+        (before.discriminator(b.obs, b.action, lp.detach()).detach(), lp.sum(-1))
+        for b, lp in ((b, before.actor.log_prob(b.obs, b.action)) for b in (expert, other))
+    )
+    d_o = torch.where(on_o < 0.5, 0, on_o)
+    loss = -7.5 * lp_e.mean() + ((0.5 / (on_e * (1 - on_e)) + 1) * lp_e).mean() - ((1 / (1 - d_o) - 1) * lp_o).mean()
+    torch.testing.assert_close(grads[0], torch.autograd.grad(loss, list(before.actor.parameters())), rtol=1e-4, atol=1e-5)
+
+
+def test_demodice_value_and_actor_by_hand():
+    agent, args = agent_and_args(algo="demodice")
+    expert, union, first = transitions(8, 1), transitions(8, 2), torch.randn(8, 4)
+    mix, grads, before = torch.rand(4, 8, 1), {}, copy.deepcopy(agent)
+    for name in ("value_optimizer", "actor_optimizer"):
+        optimizer = getattr(agent, name)
+        optimizer.step = lambda g, name=name, step=optimizer.step: [grads.__setitem__(name, g), step(g)]
+    sra.demodice_update(agent, expert, union, first, mix, args)
+    h = agent.discriminator(torch.cat([union.obs, union.action], 1)).detach()  # after its own step
+    reward = -torch.log(1 / (torch.sigmoid(h) + 1e-3) - 1 + 1e-3)
+    advantage = reward + 0.99 * before.value(union.next_obs) - before.value(union.obs)
+    points = torch.cat([
+        union.obs, mix[2] * expert.obs + (1 - mix[2]) * union.obs, mix[3] * expert.next_obs + (1 - mix[3]) * union.next_obs
+    ]).requires_grad_()  # fmt: skip
+    (slope,) = torch.autograd.grad(before.value(points).sum(), points, create_graph=True)
+    loss = 0.01 * before.value(first).mean() + 1.1 * torch.logsumexp(advantage / 1.1, 0) + 1e-4 * slope.square().sum(1).mean()
+    torch.testing.assert_close(grads["value_optimizer"], torch.autograd.grad(loss, list(before.value.parameters())), rtol=1e-3, atol=1e-5)
+    weight = (advantage.detach() / 1.1).exp()
+    loss = -(weight / weight.mean() * before.actor.log_prob(union.obs, union.action).sum(-1)).mean()
+    torch.testing.assert_close(grads["actor_optimizer"], torch.autograd.grad(loss, list(before.actor.parameters())), rtol=1e-3, atol=1e-5)
+
+
 def test_dwbc_weights():
     on_expert, on_other = sra.dwbc_weights(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([0.5, 0.3, 0.8, 0.9]))
     assert on_expert.tolist() == pytest.approx([4.5, 7.5 - 0.5 / 0.09 - 1, 7.5 - 0.5 / 0.09 - 1], abs=1e-4)
@@ -554,6 +653,8 @@ def test_sinkhorn_marginals_and_a_plan_by_hand():
     np.testing.assert_allclose(plan.sum(1), 1 / 40, rtol=1e-9)  # 30 steps of mass 1 / 40
     plan = sra.sinkhorn(rng.uniform(0, 2, (40, 40)) * 0.1, 40)
     assert np.abs(plan.sum(0) - 1 / 40).max() < 1e-3 and np.abs(plan.sum(1) - 1 / 40).max() < 1e-3
+    short = sra.sinkhorn(rng.uniform(0, 2, (2, 900)), 1_000)  # its factors drift by 450 each time
+    np.testing.assert_allclose(short.sum(1), 1 / 1_000, rtol=1e-9)
     x = 0.02  # [[0, x], [x, 0]]: the symmetric plan in closed form
     plan, k = sra.sinkhorn(np.array([[0, x], [x, 0]]), 2), math.exp(-x / 0.01)
     np.testing.assert_allclose(plan, np.array([[1, k], [k, 1]]) / (2 * (1 + k)), rtol=1e-6)
@@ -798,3 +899,14 @@ def test_presets_follow_the_data_set(capsys):
         True,
     )
     assert json.dumps(sra.PRESETS)  # plain values
+    for argv, key in (
+        (["--dataset", "minari:D4RL/pointmaze/large-v2"], "maze2d-large"), (["--env-id", "Hopper-v5"], "hopper-medium"),
+    ):  # fmt: skip
+        args = sra.parse_args([*argv, "--preset", "paper"])
+        wanted = {**sra.PRESETS["paper"]["*"], **sra.PRESETS["paper"][key]}
+        assert {name: getattr(args, name) for name in wanted} == wanted
+    default = {algo: sra.parse_args(["--algo", algo]) for algo in ("sra", "uds", "romi", "bc", "dwbc", "otil", "demodice")}
+    assert {(args.lr, args.lr_cosine, args.total_timesteps) for args in default.values()} == {(1e-3, True, 12_000)}
+    paper = {algo: sra.parse_args(["--algo", algo, "--preset", "paper"]).lr for algo in default}
+    assert paper == dict(sra=1e-3, uds=1e-3, romi=1e-3, bc=1e-4, dwbc=1e-4, otil=3e-4, demodice=3e-4)
+    assert sra.parse_args(["--dataset", "hopper-medium", "--algo", "romi"]).warmup_steps == 0

@@ -504,6 +504,19 @@ def test_recorded_states_put_the_simulator_back_exactly(tmp_path):
             np.testing.assert_array_equal(obs.astype(np.float32), data["next_observations"][row])
 
 
+def test_sampled_recording_keeps_every_episode(tmp_path):
+    """A fresh Hopper falls at once: no demonstrations, but data; its actions are not the mean ones."""
+    args = sac.parse_args([*TINY_SAC, "--env-id", "Hopper-v4", "--record-episodes", "3", "--record-demos", "d.npz", "--record-sampled"])
+    actor = sac.Actor(11, 3, (16, 16))
+    sac.record_demos(tmp_path / "d.npz", actor, args, {})
+    data = np.load(tmp_path / "d.npz")
+    assert data["terminations"].sum() == 3 and len(data["rewards"]) < 600
+    mean = np.array([actor.act(obs) for obs in data["observations"]])
+    assert np.abs(mean - data["actions"]).mean() > 0.1
+    sac.record_demos(tmp_path / "e.npz", actor, args, {})
+    np.testing.assert_array_equal(np.load(tmp_path / "e.npz")["actions"], data["actions"])
+
+
 def test_record_level_keeps_the_actor_that_first_reached_it(tmp_path):
     demos = tmp_path / "medium.npz"
     argv = [
