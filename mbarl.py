@@ -546,7 +546,10 @@ class PointMass2D(GoalEnv):
         return torch.zeros(state.shape[:-1], dtype=torch.bool)  # there is nothing to hold
 
     def project(self, state: torch.Tensor) -> torch.Tensor:
-        return state
+        """The nearest possible state; beyond a wall, there and without the velocity into it."""
+        place, velocity = state.chunk(2, -1)
+        velocity = torch.where((place.abs() > 1) & (place * velocity > 0), 0.0, velocity)
+        return torch.cat([place.clamp(-1, 1), velocity], -1)
 
     def initial(self, n: int, rng: np.random.Generator) -> torch.Tensor:
         """Near one corner, at rest: [n, state]."""
@@ -684,7 +687,7 @@ def scripted_demos(world: GoalEnv, n: int, backward: bool, rng: np.random.Genera
 
     Forward ones go from an initial state to the goals in turn, backward ones from where a forward one ended to an initial state.
     """
-    rows = [torch.empty(0, 2 * world.observation_space.shape[0] + world.act_dim + 2)]
+    rows, limit = [torch.empty(0, 2 * world.observation_space.shape[0] + world.act_dim + 2)], 10_000
     for i in range(n):
         state, home = world.initial(2, rng)
         for goal in [world.goals[i % len(world.goals)], world.as_goal(home)][: 1 + backward]:
@@ -696,6 +699,8 @@ def scripted_demos(world: GoalEnv, n: int, backward: bool, rng: np.random.Genera
                 numbers = torch.stack([world.reward(next_state, goal), torch.tensor(float(done), dtype=torch.float64)])
                 trajectory.append(torch.cat([state, goal, action, next_state, goal, numbers]).float())
                 state = next_state
+                if len(trajectory) == limit:
+                    fail(f"the scripted expert does not reach {[round(x, 2) for x in goal.tolist()]} in {limit} steps")
         rows.append(torch.stack(trajectory))
     return torch.cat(rows)
 
@@ -1675,8 +1680,8 @@ def train(args: Args) -> dict:
         switch = done or reset or counters["phase_steps"] == args.switch_steps
         # A switch is no end of the world: targets bootstrap through it, as through a time limit.
         terminal = done or (switch and args.switch_terminal)
-        for name in {acting, phase}:
-            players[name].replay.add(obs, action, reward, next_obs, terminal)
+        for name in {acting, phase}:  # the task's success is no end of exploration
+            players[name].replay.add(obs, action, reward, next_obs, terminal and name == phase)
         if matching and acting != "forward":
             visited.add(obs, action, reward, next_obs, terminal)
         if imagines:

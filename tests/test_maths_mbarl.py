@@ -88,6 +88,19 @@ def test_the_flag_snaps_to_the_nearer_of_its_values_and_places_to_the_table():
     torch.testing.assert_close(snapped, torch.tensor([[0, 2.8, -2.8, 1, 0, 0], [0, 0, 0, 0, -1, -1]]))
 
 
+def test_a_point_beyond_the_wall_is_put_to_it_without_its_velocity_outwards():
+    snapped = mbarl.PointMass2D().project(torch.tensor([[1.2, 0.5, 0.3, 0.4], [-1.1, 1.01, 0.2, 0.6], [1.0, -1.0, 0.5, -0.5]]))
+    torch.testing.assert_close(snapped, torch.tensor([[1, 0.5, 0, 0.4], [-1, 1, 0.2, 0], [1.0, -1.0, 0.5, -0.5]]))
+
+
+def test_an_expert_that_never_succeeds_is_an_error(monkeypatch, capsys):
+    world = mbarl.PointMass2D()
+    monkeypatch.setattr(world, "expert", lambda *_: torch.zeros(2))
+    with pytest.raises(SystemExit):
+        mbarl.scripted_demos(world, 1, False, np.random.default_rng(0))
+    assert "the scripted expert does not reach [0.8, 0.8] in 10000 steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("world", [mbarl.Tabletop(), mbarl.PointMass2D(drag=0.5), mbarl.PointMass2D(frame_skip=4, sparse=True)])
 def test_the_environment_is_its_pure_functions_batched_or_not(world):
     rng, states, actions = np.random.default_rng(0), [], []
@@ -577,11 +590,13 @@ def test_a_forward_success_ends_its_phase_and_a_backward_one_only_in_fbrl(tmp_pa
         assert rows(tmp_path / algo)[-1]["charts/reward_per_step"] == str(forward / 100)
 
 
-def test_exploration_collects_for_both_policies(tmp_path):
-    last = run(mbarl, [*TABLE, *TINY_MBARL, "--explore", "--total-timesteps", "120", "--run-dir", tmp_path])
+def test_exploration_collects_for_both_policies(tmp_path, monkeypatch):
+    monkeypatch.setattr(mbarl.Tabletop, "success", lambda self, state, goal: state[..., 0] > 0.3)
+    last = run(mbarl, [*TABLE, *TINY_MBARL, "--explore", "--backward-demos", "0", "--total-timesteps", "120", "--run-dir", tmp_path])
     parts = checkpoint(tmp_path)["parts"]
     theirs, ours = parts["explore_replay"]["rows"], parts["forward_replay"]["rows"]
-    assert torch.equal(theirs, ours[-120:]) and len(theirs) == 120
+    assert torch.equal(theirs[:, :-1], ours[-120:, :-1]) and len(theirs) == 120
+    assert 0 < ours[-120:, -1].sum() < 120 and not theirs[:, -1].any()  # success ends a forward trajectory, not exploration
     assert last["charts/updates_forward"] == last["charts/updates_explore"] == 80 and last["reward/explore_weight"] >= 0
 
 
