@@ -3,7 +3,8 @@
     python benchmark/launch.py hyper.py --seeds 1 2 3 --parallel 2 -- --env-id Hopper-v4 --compile --bf16
 
 What stands after `--` goes to the script. A run that was interrupted goes on from its checkpoint when the same command is given
-again. `--variant` names the folder of the results where settings differ from the preset's (otherwise `--algo` or the preset).
+again. `--variant` names the folder of the results where settings differ from the preset's (otherwise `--algo`, with a `--learner`
+that is not the usual one, or bco_baseline.py's own `--variant`, or the preset).
 """
 
 import argparse
@@ -20,20 +21,32 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-NO_CHANGE = {"algo", "seed", "run_dir", "compile", "bf16", "checkpoint_every", "num_threads", "device", "track", "exp_name",
-             "total_timesteps"}  # fmt: skip
+NO_CHANGE = {"seed", "run_dir", "compile", "bf16", "checkpoint_every", "num_threads", "device", "track", "exp_name",
+             "total_timesteps", "data_dir"}  # fmt: skip
+
+
+def filed_as(args: dict) -> tuple[str, str]:
+    """Names of the method and of the environment or data set under which the results of these settings stand, if no --variant is given."""
+    variant = args.get("algo") or args.get("variant") or args["preset"]
+    if args.get("learner", "iql") != "iql":
+        variant += f"-{args['learner']}"
+    if args["preset"] not in (variant, "default"):
+        variant += f"-{args['preset']}"
+    environment = args["env_id"] if args.get("dataset", "own") == "own" else args["dataset"]
+    return variant, re.sub("[/:]", "-", environment)
 
 
 def variant_of(script: str, words: list[str]) -> str:
     """The name under which results of this command line are filed; an error if it changes the preset."""
     module = importlib.import_module(Path(script).stem)
     args = asdict(module.parse_args(words))
-    algo = ["--algo", args["algo"]] if "algo" in args else []
-    preset = asdict(module.parse_args(["--env-id", args["env_id"], "--preset", args["preset"], *algo]))
+    same = ["preset", *(name for name in ("algo", "learner", "variant") if name in args)]
+    same += ["env_id"] if args.get("dataset", "own") == "own" else ["dataset"]
+    preset = asdict(module.parse_args([word for name in same for word in (f"--{name.replace('_', '-')}", args[name])]))
     changed = [f"--{name.replace('_', '-')}" for name in args if args[name] != preset[name] and name not in NO_CHANGE]
     if changed:
         raise SystemExit(f"launch.py: error: {', '.join(changed)} differ from the preset: name the results' folder with --variant")
-    return args.get("algo") or args["preset"]
+    return filed_as(args)[0]
 
 
 def launch(script: str, seed: int, words: list[str], variant: str, runs: Path, results: Path) -> tuple[int, str]:
@@ -51,7 +64,7 @@ def launch(script: str, seed: int, words: list[str], variant: str, runs: Path, r
     if code:
         return code, f"seed {seed}: exit code {code}, see {run_dir}.log"
     args = json.loads((run_dir / "args.json").read_text())["args"]
-    folder = results / Path(script).stem / variant / re.sub("[/:]", "-", args["env_id"])
+    folder = results / Path(script).stem / variant / filed_as(args)[1]
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run_dir / "progress.csv", folder / f"seed{seed}.csv")
     shutil.copy(run_dir / "args.json", folder / f"seed{seed}.json")

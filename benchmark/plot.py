@@ -6,12 +6,13 @@ Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and benchmark/pu
 docs/<script>.png, docs/ranking.png and what stands between `<!-- results <script> -->`
 (or `<!-- comparison <script> -->`) and `<!-- end -->` in README.md and docs/.
 Curves are interquartile means over seeds with 95% stratified bootstrap intervals (rliable, arXiv 2108.13264); with
-fewer than four seeds the interquartile mean is the plain mean.
+fewer than four seeds the interquartile mean is the plain mean. Offline scripts: means, and the least and greatest score.
 """
 
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +22,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rliable import library
 from scipy.stats import trim_mean
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmark.launch import filed_as
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,14 +42,15 @@ def runs(script: str) -> dict[tuple[str, str], list[Path]]:
     return dict(sorted(found.items()))
 
 
-def curve(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Env steps [t] that all seeds share (cloning: updates), returns [seeds, t], the demonstrations' mean return, minutes until then."""
+def curve(paths: list[Path], column: str = "eval_return_mean") -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Env steps [t] that all seeds share (without any: updates), values of the column [seeds, t] (by default returns), the
+    demonstrations' mean return, minutes until then."""
     tables = [read(path) for path in paths]
     count = "env_steps" if int(tables[0][-1]["env_steps"]) else "updates"
     shared = sorted(set.intersection(*({int(row[count]) for row in table} for table in tables)))
     assert len(shared) > 1, f"{paths[0].parent}: seeds were not evaluated at the same steps"
     tables = [{int(row[count]): row for row in table} for table in tables]
-    returns = [[float(table[t]["eval_return_mean"]) for t in shared] for table in tables]
+    returns = [[float(table[t][column] or "nan") for t in shared] for table in tables]
     minutes = np.mean([float(table[shared[-1]]["wall_time_s"]) for table in tables]) / 60
     return np.array(shared), np.array(returns), float(tables[0][shared[-1]]["expert_return"] or "nan"), float(minutes)
 
@@ -83,6 +88,54 @@ def published(script: str) -> dict[str, list[dict[str, str]]]:
     for row in read(path) if path.exists() else []:
         found.setdefault(row["env"], []).append(row)
     return found
+
+
+def is_offline(script: str) -> bool:
+    """Whether this script's results are normalised scores by gradient steps."""
+    return any("eval_normalized_score" in read(paths[0])[0] for paths in runs(script).values())
+
+
+def score_table(script: str) -> str:
+    """Markdown rows of an offline script: scores at the end, and over the last third of the evaluations, since they swing."""
+    head = ["data", "method", "seeds", "updates", "score: last evaluation, each seed", "last third of the evaluations, each seed",
+            "mean of seeds", "published", "dense: mean of seeds", "published", "minutes a run"]  # fmt: skip
+    theirs = {
+        (row["env"], row["variant"], row["reward"]): f"{row['score']}±{row['spread']}"
+        for rows in published(script).values()
+        for row in rows
+    }
+    lines = [head, ["---"] * len(head)]
+    for (data, variant), paths in runs(script).items():
+        steps, scores, _, minutes = curve(paths, "eval_normalized_score")
+        third = scores[:, -max(1, len(steps) // 3) :].mean(1)
+        row = [data, variant, f"{len(paths)}", f"{steps[-1]:,}", *(", ".join(f"{x:.0f}" for x in some) for some in (scores[:, -1], third))]
+        row += [f"{third.mean():.0f}", theirs.get((data, variant, "sparse" if data.startswith("maze2d") else "true"), "-")]
+        dense = "-"
+        if "eval_normalized_score_dense" in read(paths[0])[0]:
+            dense = f"{curve(paths, 'eval_normalized_score_dense')[1][:, -max(1, len(steps) // 3) :].mean():.0f}"
+        lines.append([*row, dense, theirs.get((data, variant, "dense"), "-"), f"{minutes:.0f}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def score_picture(script: str) -> None:
+    """Scores by gradient steps, one panel for each data set; published ones are dots at the right edge."""
+    results = runs(script)
+    envs, variants = (list(dict.fromkeys(key[i] for key in results)) for i in (0, 1))
+    colors = dict(zip(variants, [plt.get_cmap("tab20")(i) for i in range(20)], strict=False))
+    figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 3.6), squeeze=False, layout="constrained")
+    for ax, env_id in zip(axes[0], envs, strict=True):
+        for variant in (variant for variant in variants if (env_id, variant) in results):
+            steps, scores, *_ = curve(results[env_id, variant], "eval_normalized_score")
+            ax.plot(steps / 1_000, scores.mean(0), color=colors[variant], label=f"{variant}, {len(scores)} seed{'s' * (len(scores) > 1)}")
+            ax.fill_between(steps / 1_000, scores.min(0), scores.max(0), alpha=0.15, color=colors[variant], lw=0)
+            for row in published(script).get(env_id, []):
+                if row["variant"] == variant and row["reward"] != "dense":
+                    ax.plot(1.03 * steps[-1] / 1_000, float(row["score"]), "o", color=colors[variant], ms=5, clip_on=False)
+        ax.set(title=env_id, xlabel="thousand gradient steps", ylabel="normalised score (dots: published)")
+        ax.axhline(100, color="grey", lw=0.8)
+        ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    figure.savefig(ROOT / "docs" / f"{script}.png", dpi=130)
+    plt.close(figure)
 
 
 def table(script: str) -> str:
@@ -234,9 +287,14 @@ def main() -> None:
     for script in sorted(path.name for path in (ROOT / "benchmark" / "results").iterdir() if runs(path.name)):
         for path in (path for paths in runs(script).values() for path in paths):
             about = json.loads(path.with_suffix(".json").read_text())["args"]
-            assert re.sub("[/:]", "-", about["env_id"]) == path.parent.name, f"{path}: its settings are of {about['env_id']}"
-        picture(script)
-        for kind, lines in (("results", table(script)), ("comparison", comparison(script))):
+            assert filed_as(about)[1] == path.parent.name, f"{path}: its settings are of {filed_as(about)[1]}"
+        if is_offline(script):
+            score_picture(script)
+            pieces = [("results", score_table(script))]
+        else:
+            picture(script)
+            pieces = [("results", table(script)), ("comparison", comparison(script))]
+        for kind, lines in pieces:
             for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
                 mark = re.compile(rf"(<!-- {kind} {script} -->\n).*?(<!-- end -->)", re.S)
                 page.write_text(mark.sub(rf"\g<1>{lines}\n\2", page.read_text()))

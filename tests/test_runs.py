@@ -1,12 +1,14 @@
 """Whole runs with tiny networks: what they write, that they repeat, resume and count, and that they learn."""
 
 import copy
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import gymnasium as gym
@@ -642,6 +644,28 @@ def test_hype_imitates(tmp_path, demos):
     assert last["eval_return_mean"] > 0.7 * last["expert_return"] > 0.7 * 45
     assert float(rows(tmp_path)[0]["eval_return_mean"]) < 0.2 * last["expert_return"]
     assert last["eval_success_rate"] > 0.8
+
+
+@pytest.mark.parametrize("script,words,filed", [
+    ("sac.py", "--env-id Ant-v4", ("default", "Ant-v4")),
+    ("hype.py", "--env-id Ant-v4 --algo mm --seed 3 --compile", ("mm", "Ant-v4")),
+    ("hype.py", "--env-id Ant-v4 --preset paper", ("hype-paper", "Ant-v4")),
+    ("hype.py", "--env-id Ant-v4 --gamma 0.9", None),
+    ("bco_baseline.py", "--env-id Hopper-v4 --variant inverse", ("inverse", "Hopper-v4")),
+    ("sac_eo.py", "--env-id dm_control/walker-walk-v0", ("default", "dm_control-walker-walk-v0")),
+    ("sra_offline.py", "--dataset hopper-medium-expert --learner td3bc", ("sra-td3bc", "hopper-medium-expert")),
+    ("sra_offline.py", "--dataset maze2d-large --algo romi --preset paper", ("romi-paper", "maze2d-large")),
+    ("sra_offline.py", "--dataset maze2d-large --rollout-length 9", None),
+])  # fmt: skip
+def test_launcher_names_results_by_their_settings(script, words, filed, capsys):
+    from benchmark import launch
+
+    if filed is None:
+        with pytest.raises(SystemExit, match="differ from the preset: name the results' folder with --variant"):
+            launch.variant_of(script, words.split())
+    else:
+        args = importlib.import_module(script[:-3]).parse_args(words.split())
+        assert launch.filed_as(asdict(args)) == filed and launch.variant_of(script, words.split()) == filed[0]
 
 
 def test_launcher_files_each_seed_and_goes_on_where_one_stopped(tmp_path):
