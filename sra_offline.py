@@ -123,7 +123,7 @@ class Args:
     data_seed: int = 0
     """seed of generated data and of the choice of expert trajectories, so that training seeds share their data"""
     offline_steps: int = 100_000
-    """mazes: transitions of the generated D_S (paper: 1,000,000)"""
+    """transitions of a generated D_S, and of each part of -medium-expert (paper: 1,000,000)"""
     offline_noise: float = 0.5
     """mazes: standard deviation of noise on its actions (unknown of the paper's data)"""
     drop_terminals: bool = False
@@ -256,6 +256,7 @@ FRACTIONS = ("gamma", "tau", "expectile", "model_ratio", "new_ratio", "expert_st
 RESUME_MAY_CHANGE = {"resume", "demos", "offline_data", "data_dir", "checkpoint_every", "num_threads", "track"}
 OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
 SCRIPT = Path(__file__).name
+ACTORS = Path(__file__).parent / "demos" / "experts"
 AUGMENTING = ("sra", "romi", "forward")
 MAZES = {  # PointMaze id, goal cell (row, column), horizon
     "umaze": ("PointMaze_UMaze-v3", (1, 1), 300), "medium": ("PointMaze_Medium-v3", (6, 6), 600),
@@ -625,22 +626,49 @@ def maze_data(maze: str, part: Literal["expert", "offline"], steps: int, noise: 
     return {name: np.array(values, np.float32) for name, values in zip(names, zip(*columns, strict=True), strict=True)}
 
 
-def maze_file(maze: str, part: Literal["expert", "offline"], args: Args) -> Path:
-    """The file of generated data, made where there is none: 100 expert episodes, or D_S."""
-    detail = f"-{args.offline_steps}-noise{args.offline_noise:g}" if part == "offline" else ""
-    path = Path(args.data_dir) / f"maze2d-{maze}-{part}{detail}-seed{args.data_seed}.npz"
+def robot_data(policy: dict, steps: int, seed: int) -> dict[str, np.ndarray]:
+    """`steps` transitions of a policy's sampled actions, in the schema of demos/README.md; episodes end as they do, the last one is cut."""
+    env, stream, columns, obs = ResumableEnv(make_env(policy["env_id"]), [seed, 4]), torch.Generator().manual_seed(seed), [], None
+    actor = Actor(policy["obs_dim"], policy["act_dim"], tuple(policy["hidden_sizes"]))
+    actor.load_state_dict(policy["actor"])
+    for _ in tqdm(range(steps), desc=f"offline data of {policy['env_id']}", unit="step", leave=False):
+        obs = env.reset() if obs is None else obs
+        action = actor.act(obs, stream)
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        columns.append((obs, rescaling(env).action(action), reward, next_obs, float(terminated), float(truncated)))
+        obs = None if terminated or truncated else next_obs
+    columns[-1] = (*columns[-1][:-1], 1.0 - columns[-1][-2])
+    names = ("observations", "actions", "rewards", "next_observations", "terminations", "truncations")
+    return {name: np.array(values, np.float32) for name, values in zip(names, zip(*columns, strict=True), strict=True)}
+
+
+def generated(part: Literal["expert", "medium", "offline"], args: Args) -> Path:
+    """The file of generated data, made where there is none. Mazes: 100 expert episodes, or D_S; robots: of the bundled expert or medium
+    actor."""
+    maze = args.env_id.split("-")[1] if args.env_id.startswith("maze2d-") else ""
+    detail = f"-{args.offline_steps}" * (part == "offline" or not maze) + f"-noise{args.offline_noise:g}" * (part == "offline")
+    path = Path(args.data_dir) / f"{args.env_id.removesuffix('-v1')}-{part}{detail}-seed{args.data_seed}.npz"
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"--data-dir {args.data_dir}: {error.strerror}")
-        steps = args.offline_steps if part == "offline" else 100 * MAZES[maze][2]
-        data = maze_data(maze, part, steps, args.offline_noise, args.data_seed)
-        about = dict(env_id=f"maze2d-{maze}-v1", actor="waypoint controller", seed=args.data_seed, noise=args.offline_noise * bool(detail))
+        if maze:
+            steps = args.offline_steps if part == "offline" else 100 * MAZES[maze][2]
+            data, about = maze_data(maze, part, steps, args.offline_noise, args.data_seed), dict(actor="waypoint controller")
+        else:
+            actor = actor_file(args.env_id, part)
+            data, about = robot_data(load_policy(str(actor)), args.offline_steps, args.data_seed), dict(actor=actor.name)
+        about |= dict(env_id=args.env_id, seed=args.data_seed, noise=args.offline_noise * (part == "offline"))
         own = path.with_suffix(f".{os.getpid()}")  # several seeds may start at once
         write_atomically(own, lambda file: np.savez_compressed(file, metadata=json.dumps(about), **data))
         os.replace(own, path)
     return path
+
+
+def actor_file(env_id: str, part: Literal["expert", "medium"]) -> Path:
+    """The bundled actor of a robot, which sac.py trained: all the way, or about a third."""
+    return ACTORS / f"{env_id}{'-medium' if part == 'medium' else ''}.pt"
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -657,21 +685,22 @@ def like(env_id: str) -> str:
 
 
 def sources(args: Args) -> tuple[str | None, str | None]:
-    """Where D_E and D_S come from: files, "minari:ID", "generated", or None where nothing says it."""
+    """Where D_E and D_S come from: files, "minari:ID", "generated" (of robots "generated medium"), or None where nothing says it."""
     demos, offline = None, args.dataset if args.dataset.startswith("minari:") else None
     if args.dataset != "own" and args.env_id.startswith("maze2d-"):
         demos, offline = "generated", offline or "generated"
     elif args.dataset in PRESETS["paper"]:
         demos = str(Path(__file__).parent / "demos" / f"{args.env_id}.npz")
-        offline = str(Path(args.data_dir) / f"{args.env_id}-medium.npz")
+        recorded = Path(args.data_dir) / f"{args.env_id}-medium.npz"
+        offline = "generated medium" if actor_file(args.env_id, "medium").exists() and not recorded.exists() else str(recorded)
     return args.demos or demos, args.offline_data or offline
 
 
 def load_transitions(source: str, flag: str, part: Literal["expert", "offline"], env: gym.Env, args: Args) -> dict[str, np.ndarray]:
     """A source's arrays in the schema of demos/README.md, checked against the environment, actions in [-1, 1]."""
     where, obs_dim, act_dim = f"{flag} {source}:", env.observation_space.shape[0], env.action_space.shape[0]
-    if source == "generated":
-        source = str(maze_file(args.env_id.split("-")[1], part, args))
+    if source.startswith("generated"):
+        source = str(generated(source.partition(" ")[2] or part, args))
     if part == "offline" and not source.startswith("minari:") and not Path(source).exists():
         level = f"--env-id {args.env_id} --record-level 0.33 --record-sampled --record-demos {source} --record-episodes 100"
         fail(f"{where} no such file" + (f"; record it with: python sac.py {level}" if args.dataset != "own" else ""))
@@ -738,7 +767,8 @@ def load_data(env: gym.Env, args: Args) -> tuple[torch.Tensor, list[int], torch.
     expert, expert_lengths = as_rows(data, chosen, 1.0, args)
     expert_return = float(np.mean([data["rewards"][rows].sum() for rows in chosen]))
     parts = [load_transitions(offline, "--offline-data", "offline", env, args)]
-    parts += [data] if args.dataset.endswith("medium-expert") else []
+    if args.dataset.endswith("medium-expert"):
+        parts.append(load_transitions("generated expert", "--offline-data", "offline", env, args))
     parts = [as_rows(part, episodes_of(part), 0.0, args) for part in parts]
     return expert, expert_lengths, torch.cat([rows for rows, _ in parts]), [k for _, lengths in parts for k in lengths], expert_return
 

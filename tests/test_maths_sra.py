@@ -28,7 +28,7 @@ def data_dir(tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("data"))
     args = sra.parse_args([*TINY_SRA, "--data-dir", folder])
     for part in ("expert", "offline"):
-        sra.maze_file("umaze", part, args)
+        sra.generated(part, args)
     return folder
 
 
@@ -726,30 +726,38 @@ def test_every_method_and_learner_runs(variant, maze, tmp_path):
     assert all(torch.equal(start[k], end[k]) for k in start)
 
 
-def test_robot_data_sets_and_their_own_files(tmp_path, monkeypatch):
-    """The expert part is bundled, the other one recorded; medium-expert has both in it."""
-    data = {k: v for k, v in np.load(ROOT / "demos" / "Hopper-v4.npz").items() if k != "states"}
-    few = {k: v[:2_000] if v.ndim else v for k, v in data.items()}
-    np.savez(tmp_path / "Hopper-v4-medium.npz", **few)
-    sizes, original = [], sra.load_data
+def test_robot_data_sets(tmp_path, monkeypatch, capsys):
+    """D_E is bundled; D_S is made from bundled actors at the first run, medium-expert from both; a file that is there comes first."""
+    medium = torch.load(ROOT / "demos" / "experts" / "Hopper-v4.pt", weights_only=True)
+    weight = medium["actor"]["net.output.weight"]
+    weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    torch.save(medium, tmp_path / "Hopper-v4-medium.pt")
+    (tmp_path / "Hopper-v4.pt").write_bytes((ROOT / "demos" / "experts" / "Hopper-v4.pt").read_bytes())
+    sizes, original, folder = [], sra.load_data, tmp_path / "data"
     monkeypatch.setattr(sra, "load_data", lambda *a: [sizes.append(original(*a)), sizes[-1]][1])
-    flags = [
-        *TINY_SRA[2:],
-        "--data-dir",
-        tmp_path,
-        "--total-timesteps",
-        "20",
-        "--warmup-steps",
-        "5",
-        "--rollout-freq",
-        "5",
-        "--cvae-steps",
-        "5",
-    ]
+    flags = [*TINY_SRA[2:], "--offline-steps", "700", "--data-dir", folder, "--total-timesteps", "20", "--warmup-steps", "5",
+             "--rollout-freq", "5", "--cvae-steps", "5"]  # fmt: skip
+    with pytest.raises(SystemExit):
+        sra.load_data(sra.make_env("Hopper-v4"), sra.parse_args([str(word) for word in ["--dataset", "hopper-medium", *flags]]))
+    assert "record it with: python sac.py --env-id Hopper-v4 --record-level 0.33 --record-sampled" in capsys.readouterr().err
+    monkeypatch.setattr(sra, "ACTORS", tmp_path)
     for name in ("hopper-medium", "hopper-medium-expert"):
         run(sra, ["--dataset", name, *flags, "--run-dir", tmp_path / name])
         assert np.isfinite(float(rows(tmp_path / name)[-1]["eval_normalized_score"]))
-    assert [len(loaded[2]) for loaded in sizes] == [2_000, 2_000 + len(data["rewards"])] and len(sizes[0][0]) == 5_000
+    assert [len(loaded[2]) for loaded in sizes] == [700, 1_400] and len(sizes[0][0]) == 5_000
+    assert sorted(path.name for path in folder.iterdir()) == ["Hopper-v4-expert-700-seed0.npz", "Hopper-v4-medium-700-seed0.npz"]
+    data, expert = (np.load(folder / f"Hopper-v4-{part}-700-seed0.npz") for part in ("medium", "expert"))
+    ends = np.flatnonzero(data["terminations"] + data["truncations"])
+    assert data["terminations"].sum() >= 2 and ends[-1] == 699 and data["terminations"][-1] + data["truncations"][-1] == 1
+    inside = np.setdiff1d(np.arange(699), ends)
+    np.testing.assert_array_equal(data["next_observations"][inside], data["observations"][inside + 1])
+    actor = sra.Actor(11, 3, (256, 256))
+    actor.load_state_dict(torch.load(tmp_path / "Hopper-v4.pt", weights_only=True)["actor"])
+    mean = np.array([actor.act(obs) for obs in expert["observations"]])
+    assert 0.01 < np.abs(mean - expert["actions"]).mean() < 0.5  # sampled around its mean
+    np.savez(folder / "Hopper-v4-medium.npz", **{k: v for k, v in data.items() if k != "metadata"} | {"rewards": data["rewards"] + 1})
+    args = sra.parse_args(["--dataset", "hopper-medium", "--data-dir", str(folder)])
+    assert sra.sources(args)[1] == str(folder / "Hopper-v4-medium.npz")
 
 
 def test_own_data_of_an_own_environment(tmp_path, demos):
@@ -811,7 +819,7 @@ def test_resumed_run_equals_an_uninterrupted_one(variant, phase, maze, tmp_path,
 def test_resume_with_other_data_is_refused(maze, tmp_path, capsys):
     run(sra, [*maze, "--algo", "uds", "--total-timesteps", "10", "--run-dir", tmp_path / "run"])
     args = sra.parse_args([*maze, "--data-dir", str(tmp_path), "--offline-steps", "600"])
-    sra.maze_file("umaze", "offline", args)
+    sra.generated("offline", args)
     with pytest.raises(SystemExit):
         run(sra, ["--resume", tmp_path / "run", "--offline-data", next(tmp_path.glob("*.npz"))])
     assert "the data are not those of the run" in capsys.readouterr().err
