@@ -270,9 +270,10 @@ _PAPER = dict(
     model_every=250, model_rows=0, model_first_batches=0, model_max_batches=0, rollouts=100_000, rollout_length=25, rollout_growth=100_000,
     real_share=0.05, eval_every=10_000, eval_episodes=10, checkpoint_every=100_000,
 )  # fmt: skip
+_MAZE = dict(num_demos=10, backward_demos=10, switch_steps=300, eval_horizon=300)
 PRESETS: dict[str, dict[str, dict]] = {
-    "default": {"PointMass2D-v0": _POINT, "PointMass2DCoarse-v0": _POINT},
-    "paper": {"*": _PAPER}
+    "default": {"PointMass2D-v0": _POINT, "PointMass2DCoarse-v0": _POINT, "PersistentPointMaze-v0": _MAZE},
+    "paper": {"*": _PAPER, "PersistentPointMaze-v0": _MAZE}
     | {
         env_id: {key: _POINT[key] for key in ("num_demos", "backward_demos", "eval_horizon", "reward", "classifier_goal", "reward_scale")}
         for env_id in ("PointMass2D-v0", "PointMass2DCoarse-v0")
@@ -567,9 +568,75 @@ class PointMass2D(GoalEnv):
         return ((4 * (goal - state[:2]) - state[2:]).clamp(-1, 1) + torch.from_numpy(rng.normal(0, 0.1, 2))).clamp(-1, 1)
 
 
+class PointMaze(GoalEnv):
+    """gymnasium-robotics' PointMaze_UMaze without its resets: a point with momentum goes round a wall, from one end of a U to the other.
+
+    State: x, y and velocities; goal: x, y. Sparse reward. MuJoCo computes each step, from the state alone.
+    """
+
+    xml = """<mujoco><visual><global offwidth="480" offheight="480"/></visual><worldbody>
+      <light directional="true" pos="0 0 4" dir="0 0 -1" diffuse=".3 .3 .3" specular="0 0 0"/><camera name="top" pos="0 0 5" fovy="45"/>
+      <geom type="plane" size="1.6 1.6 1" rgba=".85 .8 .7 1"/><geom type="box" size="1 .5 .1" pos="-.5 0 .1" rgba=".4 .4 .4 1"/>
+      <body name="goal" mocap="true"><geom type="cylinder" size=".45 .01" rgba=".3 .7 .3 1"/></body>
+      <body><joint type="slide" axis="1 0 0"/><joint type="slide" axis="0 1 0"/>
+        <geom type="sphere" size=".1" pos="0 0 .1" rgba=".9 .2 .2 1"/></body></worldbody></mujoco>"""
+    goals = torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
+    path = torch.tensor([[-1.0, -1], [0, -1], [1, -1], [1, 0], [1, 1], [0, 1], [-1, 1]], dtype=torch.float64)  # the cells' centres
+    state_dim, act_dim, goal_mark = 4, 2, slice(0, 2)
+
+    def __init__(self, render_mode: str | None = None):
+        with contextlib.redirect_stderr(io.StringIO()):  # it announces changed rewards
+            import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+        self.point = gym.make("PointMaze_UMaze-v3").unwrapped.point_env
+        super().__init__(render_mode)
+
+    def transition(self, state: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """0.01 s of force on the point, whose speed is first cut to 5 along each axis."""
+        import mujoco
+
+        after = []
+        for one, force in zip(state.reshape(-1, 4).numpy(), action.reshape(-1, 2).numpy(), strict=True):
+            mujoco.mj_resetData(self.point.model, self.point.data)  # its solver starts from the last step's forces otherwise
+            self.point.set_state(one[:2], one[2:])
+            after.append(self.point.step(force)[0])
+        return torch.from_numpy(np.array(after)).reshape(state.shape)
+
+    def success(self, state: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        return self.distance(state, goal) <= 0.45
+
+    def reward(self, state: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        return self.success(state, goal).to(state.dtype)
+
+    def distance(self, state: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+        return (state[..., :2] - goal[..., :2]).norm(dim=-1)
+
+    def held(self, state: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(state.shape[:-1], dtype=torch.bool)  # there is nothing to hold
+
+    def project(self, state: torch.Tensor) -> torch.Tensor:
+        """Within the outer walls and the bound of the speed."""
+        return torch.cat([state[..., :2].clamp(-1.4, 1.4), state[..., 2:].clamp(-5, 5)], -1)
+
+    def initial(self, n: int, rng: np.random.Generator) -> torch.Tensor:
+        """In the first cell, at rest: [n, state]."""
+        return F.pad(self.path[0] + torch.from_numpy(rng.uniform(-0.25, 0.25, (n, 2))), (0, 2))
+
+    def as_goal(self, state: torch.Tensor) -> torch.Tensor:
+        return state[..., :2]
+
+    def expert(self, state: torch.Tensor, goal: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Noisy action [act] towards the next cell on the way."""
+        here, there = ((self.path - place).norm(dim=-1).argmin() for place in (state[:2], goal))
+        way = (goal if here == there else self.path[here + (there - here).sign()]) - state[:2]
+        return ((10 * way - state[2:]).clamp(-1, 1) + torch.from_numpy(rng.normal(0, 0.1, 2))).clamp(-1, 1)
+
+
 gym.register("Tabletop-v0", entry_point=Tabletop, max_episode_steps=200)
 gym.register("PointMass2D-v0", entry_point=PointMass2D, max_episode_steps=100)
 gym.register("PointMass2DCoarse-v0", entry_point=PointMass2D, max_episode_steps=100, kwargs=dict(frame_skip=4))
+gym.register("PersistentPointMaze-v0", entry_point=PointMaze, max_episode_steps=300)
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:

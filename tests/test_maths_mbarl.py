@@ -118,7 +118,9 @@ def test_the_environment_is_its_pure_functions_batched_or_not(world):
     torch.testing.assert_close(after, torch.stack([*states[1:], world.state]), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("env_id,limit", [("Tabletop-v0", 200), ("PointMass2D-v0", 100), ("PointMass2DCoarse-v0", 100)])
+@pytest.mark.parametrize(
+    "env_id,limit", [("Tabletop-v0", 200), ("PointMass2D-v0", 100), ("PointMass2DCoarse-v0", 100), ("PersistentPointMaze-v0", 300)]
+)
 def test_only_the_registered_limit_ends_an_episode(env_id, limit):
     env = mbarl.make_env(env_id)
     env.reset(seed=0)
@@ -127,6 +129,30 @@ def test_only_the_registered_limit_ends_an_episode(env_id, limit):
     world = mbarl.make_world(mbarl.Args(env_id=env_id))
     world.reset(seed=0)
     assert not any(any(world.step(np.ones(world.act_dim))[2:4]) for _ in range(1_000))
+
+
+def test_the_maze_is_gymnasium_robotics_own_and_its_expert_goes_both_ways():
+    """Its own environment, stepped on and on, goes the same way up to what its solver remembers at walls."""
+    world, rng = mbarl.PointMaze(), np.random.default_rng(0)
+    own = mbarl.PointMaze().point
+    own.set_state(np.array([-1.0, -1.0]), np.zeros(2))
+    state, touched = tensor(-1, -1, 0, 0), 0
+    for k in range(600):
+        action = rng.uniform(-1, 1, 2) + np.array([0.5, -0.3]) * (k % 200 < 100)
+        state, theirs = world.transition(state, torch.from_numpy(action)), own.step(action)[0]
+        np.testing.assert_allclose(state, theirs, atol=1e-4)
+        state, touched = torch.from_numpy(theirs), touched + bool(abs(theirs[1]) > 1.35)
+    assert touched > 10
+    states, actions = (
+        torch.from_numpy(rng.uniform(-0.3, 0.3, (3, 2, 4))) + tensor(1, 0, 0, 0),
+        torch.from_numpy(rng.uniform(-1, 1, (3, 2, 2))),
+    )
+    batched = world.transition(states, actions)
+    assert torch.equal(batched[1, 1], world.transition(states[1, 1], actions[1, 1]))
+    rows = mbarl.scripted_demos(world, 3, True, rng)
+    ends = rows[rows[:, -1] > 0]
+    assert len(ends) == 3 and 100 < len(rows) / 3 < 600 and world.success(ends[:, 8:12].double(), ends[:, 12:14].double()).all()
+    assert (ends[:, 13] < -0.7).all()  # home
 
 
 # ------------------------------------------------------------------------------------------- point mass
