@@ -616,6 +616,24 @@ def test_a_forward_success_ends_its_phase_and_a_backward_one_only_in_fbrl(tmp_pa
         assert rows(tmp_path / algo)[-1]["charts/reward_per_step"] == str(forward / 100)
 
 
+@pytest.mark.parametrize("env_id", ["Tabletop-v0", "PointMass2D-v0"])
+def test_the_picture_of_phases_finds_them_again(env_id, tmp_path, monkeypatch):
+    from benchmark import phases
+
+    found, original = [], phases.phases
+    monkeypatch.setattr(phases, "phases", lambda *a: [found.append(original(*a)), found[-1]][1])
+    monkeypatch.setattr("sys.argv", ["phases.py", str(tmp_path), "--out", str(tmp_path / "strip.png"), "--at", "0", "1"])
+    run(mbarl, ["--env-id", env_id, *TINY_MBARL, "--algo", "medal", "--total-timesteps", "90", "--run-dir", tmp_path])
+    phases.main()
+    forward, backward = found
+    assert (tmp_path / "strip.png").exists() and [len(piece) - 1 for piece in forward + backward] == [20, 20, 10, 20, 20]
+    for one, other in zip(
+        [forward[0], backward[0], forward[1], backward[1]], [backward[0], forward[1], backward[1], forward[2]], strict=True
+    ):
+        state = {"Tabletop-v0": 6}.get(env_id, 4)
+        np.testing.assert_array_equal(one[-1, :state], other[0, :state])  # one long trajectory
+
+
 def test_exploration_collects_for_both_policies(tmp_path, monkeypatch):
     monkeypatch.setattr(mbarl.Tabletop, "success", lambda self, state, goal: state[..., 0] > 0.3)
     last = run(mbarl, [*TABLE, *TINY_MBARL, "--explore", "--backward-demos", "0", "--total-timesteps", "120", "--run-dir", tmp_path])
