@@ -144,7 +144,7 @@ class Args:
     record_demos: str | None = None
     """write demonstrations of the final (or --checkpoint) policy to this .npz file"""
     record_episodes: int = 10
-    """full-length episodes to record (--record-sampled: episodes)"""
+    """full-length episodes to record (with --record-sampled: of any length)"""
     record_level: float | None = None
     """record not the final actor but the first one whose evaluation went this share of the way from first to last return"""
     record_sampled: bool = False

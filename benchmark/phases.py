@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--at", type=float, nargs="+", default=[0.05, 0.25, 0.5, 1.0])
     parser.add_argument("--out", type=Path, default=Path("phases.png"))
     options = parser.parse_args()
+    if not (options.run_dir / "checkpoint.pt").exists():
+        raise SystemExit(f"phases.py: error: {options.run_dir} has no checkpoint.pt")
     content = torch.load(options.run_dir / "checkpoint.pt", weights_only=True)
     args, parts, env_steps = content["policy"]["args"], content["parts"], content["counters"]["env_steps"]
     if args["algo"] not in ("mbarl", "medal"):
@@ -51,6 +53,8 @@ def main() -> None:
     backward = len(parts["visited"]["rows"])  # every step of backward phases
     demos = {name: len(rows) - {"backward": backward, "forward": env_steps - backward}[name] for name, rows in of.items()}
     of = {name: phases(rows, obs_dim, act_dim, demos[name], args["switch_steps"]) for name, rows in of.items()}
+    if not of["backward"]:
+        raise SystemExit("phases.py: error: this run had no backward phase yet")
     moving, state_dim = MOVING.get(env_id, {"point": 0}), STATE_DIM.get(env_id, 4)
     numbers = [min(round(share * (len(of["forward"]) - 1)), len(of["backward"]) - 1) for share in options.at]
     before = np.cumsum([0, *(len(f) + len(b) - 2 for f, b in zip(of["forward"], of["backward"], strict=False))])

@@ -295,7 +295,10 @@ def test_cloning_on_narrow_actions_learns_and_executes_them_15(tmp_path, hype_po
     """Demonstrations in a fifth of the bounds, as Humanoid's in 0.4 of them: what is executed is in the environment's own unit."""
     pointmass.write_demos(tmp_path / "narrow.npz", episodes=40)
     data = dict(np.load(tmp_path / "narrow.npz"))
-    narrow = lambda obs: 0.2 * pointmass.expert(obs)  # noqa: E731
+
+    def narrow(obs: np.ndarray) -> np.ndarray:
+        return 0.2 * pointmass.expert(obs)
+
     data["actions"] = np.array([narrow(obs) for obs in data["observations"]])
     np.savez(tmp_path / "narrow.npz", **data)
     executed, original = [], pointmass.PointMass.step
