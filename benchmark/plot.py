@@ -4,7 +4,8 @@
 
 Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and benchmark/published/<script>.csv, rewrites
 docs/<script>.png, docs/ranking.png and what stands between `<!-- results <script> -->`
-(or `<!-- comparison <script> -->`) and `<!-- end -->` in README.md and docs/.
+(or `<!-- comparison <script> -->`) and `<!-- end -->` in README.md and docs/. Results of bco_baseline.py stand with those
+of sac_eo.py, whose experiments have a picture of their own, docs/sac_eo_experiments.png.
 Curves are interquartile means over seeds with 95% stratified bootstrap intervals (rliable, arXiv 2108.13264); with
 fewer than four seeds the interquartile mean is the plain mean. Offline scripts: means, and the least and greatest score.
 """
@@ -20,13 +21,32 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from rliable import library
 from scipy.stats import trim_mean
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmark.launch import filed_as
 
 ROOT = Path(__file__).parents[1]
+TOGETHER = {"sac_eo": ("sac_eo", "bco_baseline")}  # scripts of one page
+SHARES = {"sac_eo": (0.5, 0.8, 0.9)}  # when each was first reached; others: 90%
+EXPERIMENTS = {
+    "sac_eo": {
+        "the weight": ("sac-eo", "eps-0.1", "eps-0.01", "eps-0.001", "sac"),
+        "beta": ("beta-10", "beta-50", "sac-eo", "beta-200"),
+        "one model or two, weight 0.01": ("eps-0.01", "one-model"),
+        "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "sac"),
+    }
+}
+BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods
+SEES = {
+    "sac": "reward",
+    "sac-eo": "reward, expert's states",
+    "bco-forward": "expert's states",
+    "bco-inverse": "expert's states",
+    "hyper": "expert's states and actions",
+    "hype": "expert's states and actions",
+    "bc": "expert's states and actions",
+}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -37,9 +57,18 @@ def read(path: Path) -> list[dict[str, str]]:
 def runs(script: str) -> dict[tuple[str, str], list[Path]]:
     """Result files of a script by (environment, variant)."""
     found: dict[tuple[str, str], list[Path]] = {}
-    for path in sorted((ROOT / "benchmark" / "results" / script).glob("*/*/seed*.csv")):
-        found.setdefault((path.parent.name, path.parent.parent.name), []).append(path)
+    for name in TOGETHER.get(script, (script,)):
+        for path in sorted((ROOT / "benchmark" / "results" / name).glob("*/*/seed*.csv")):
+            variant = path.parent.parent.name
+            if script in TOGETHER:
+                variant = f"bco-{variant}" if name == "bco_baseline" else variant.replace("default", "sac-eo")
+            found.setdefault((path.parent.name, variant), []).append(path)
     return dict(sorted(found.items()))
+
+
+def experiments(script: str) -> set[str]:
+    """Variants that belong to an experiment alone: they have a picture of their own."""
+    return {variant for variants in EXPERIMENTS.get(script, {}).values() for variant in variants} - set(SEES)
 
 
 def curve(paths: list[Path], column: str = "eval_return_mean") -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -73,6 +102,8 @@ def clones(paths: list[Path]) -> bool:
 
 def iqm(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Interquartile mean [t] over seeds of returns [seeds, t], and its 95% bootstrap interval [2, t]."""
+    from rliable import library
+
     np.random.seed(0)
     point, interval = library.get_interval_estimates(
         {"": returns[:, None, :]},
@@ -170,38 +201,52 @@ def table(script: str) -> str:
 
 def comparison(script: str) -> str:
     """Markdown rows that compare methods after the same number of steps: the fewest that any of an environment's methods was run for."""
-    found = {key: curve(paths) for key, paths in runs(script).items() if not clones(paths) and not key[1].endswith(("demo", "demos"))}
-    found = {key: value for key, value in found.items() if np.isfinite(value[2])}
+    left_out = experiments(script)
+    found = {
+        key: curve(paths)
+        for key, paths in runs(script).items()
+        if not clones(paths) and not key[1].endswith(("demo", "demos")) and key[1] not in left_out
+    }
+    sees, shares = script in BESIDE, SHARES.get(script, (0.9,))
     head = [
         "environment",
         "env steps",
         "method",
+        *["sees"] * sees,
         "seeds",
         "of the expert: mean over these steps",
         "its last ten evaluations",
-        "first at 90%, each seed",
     ]
-    lines = [head, ["---"] * len(head)]
+    lines = [[*head, *(f"first at {share:.0%}, each seed" for share in shares)]]
+    lines.append(["---"] * len(lines[0]))
     for env_id in dict.fromkeys(env_id for env_id, _ in found):
         methods = {variant: value for (env, variant), value in found.items() if env == env_id}
-        end = min(steps[-1] for steps, *_ in methods.values())
-        rows = []
+        experts = [expert for *_, expert, _ in methods.values() if np.isfinite(expert)]
+        if len(methods) < 2 or not experts:
+            continue
+        end, rows = min(steps[-1] for steps, *_ in methods.values()), []
+        for other, variant, name in BESIDE.get(script, ()):
+            if (env_id, variant) in runs(other):
+                methods[name] = curve(runs(other)[env_id, variant])
         for variant, (steps, returns, expert, _) in methods.items():
-            share = returns[:, steps <= end] / expert
-            first = [f"{steps[seed.argmax()]:,}" if seed.any() else "-" for seed in share >= 0.9]
-            rows.append(
-                (
-                    share.mean(),
-                    [env_id, f"{end:,}", variant, f"{len(share)}", f"{share.mean():.0%}", f"{share[:, -10:].mean():.0%}", ", ".join(first)],
-                )
-            )
-        lines += [row for _, row in sorted(rows, key=lambda row: -row[0])] if len(rows) > 1 else []
+            cloning = variant == "bc"
+            share = returns[:, steps <= (steps[-1] if cloning else end)] / (expert if np.isfinite(expert) else experts[0])
+            if cloning:
+                row = ["-", f"{share[:, -1].mean():.0%} (its last one)", *["-"] * len(shares)]
+            else:
+                first = [", ".join(f"{steps[seed.argmax()]:,}" if seed.any() else "-" for seed in share >= level) for level in shares]
+                row = [f"{share.mean():.0%}", f"{share[:, -10:].mean():.0%}", *first]
+            taken = "0" if cloning else f"{min(end, steps[-1]):,}"
+            row = [env_id, taken, variant, *[SEES.get(variant, "-")] * sees, f"{len(share)}", *row]
+            rows.append((share[:, -1].mean() if cloning else share.mean(), row))
+        lines += [row for _, row in sorted(rows, key=lambda row: -row[0])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def picture(script: str) -> None:
     """One panel for each environment of our results or of curves published by variant; published ones relative to their own expert."""
-    results, theirs = runs(script), published(script)
+    left_out, theirs = experiments(script), published(script)
+    results = {key: paths for key, paths in runs(script).items() if key[1] not in left_out}
     envs = list(dict.fromkeys(env_id for (env_id, _), paths in results.items() if not clones(paths)))
     envs += [f"{robot}-v4" for robot, rows in theirs.items() if "variant" in rows[0] and f"{robot}-v4" not in envs]
     variants = dict.fromkeys(variant for _, variant in results if not variant.endswith(("demo", "demos")))  # those have a table
@@ -247,6 +292,45 @@ def picture(script: str) -> None:
     plt.close(figure)
 
 
+def experiment_picture(script: str) -> None:
+    """One column for each experiment, on the environment that has most of them: returns above, the imitation's weight below. Then, for each
+    environment, how far the dynamics models can be relied on: their error above, its rank correlation with their disagreement below."""
+    results = runs(script)
+    envs = list(dict.fromkeys(env_id for env_id, variant in results if variant == "sac-eo"))
+    counts = {env_id: len([key for key in results if key[0] == env_id and key[1] in experiments(script)]) for env_id in envs}
+    if not envs or not max(counts.values()):
+        return
+    of = max(envs, key=lambda env_id: counts[env_id])
+    columns = len(EXPERIMENTS[script]) + len(envs)
+    figure, axes = plt.subplots(2, columns, figsize=(3.9 * columns, 6.4), squeeze=False, layout="constrained")
+    expert = curve(results[of, "sac-eo"])[2]
+    for (above, below), (title, variants) in zip(axes.T, EXPERIMENTS[script].items(), strict=False):
+        for variant in (variant for variant in variants if (of, variant) in results):
+            paths = results[of, variant]
+            steps, returns, *_ = curve(paths)
+            label = f"{variant}, {len(paths)} seed{'s' * (len(paths) > 1)}"
+            (line,) = above.plot(steps / 1_000, returns.mean(0) / expert, label=label)
+            above.fill_between(steps / 1_000, returns.min(0) / expert, returns.max(0) / expert, alpha=0.15, color=line.get_color(), lw=0)
+            weights = curve(paths, "losses/imitation_weight")[1]
+            seen = np.isfinite(weights).all(0) & (weights > 0).all(0)
+            below.plot(steps[seen] / 1_000, weights[:, seen].mean(0), color=line.get_color())
+        above.axhline(1, color="grey", lw=0.8)
+        above.set(title=f"{of}: {title}", ylabel="return / expert's")
+        above.legend(fontsize=6)
+        below.set(xlabel="thousand env steps", ylabel="imitation's weight", yscale="log")
+    for (above, below), env_id in zip(axes.T[len(EXPERIMENTS[script]) :], envs, strict=True):
+        for where in ("expert", "agent", "random"):
+            for ax, column in ((above, f"model/error_{where}"), (below, f"model/rank_correlation_{where}")):
+                steps, values, *_ = curve(results[env_id, "sac-eo"], column)
+                seen = np.isfinite(values).all(0)
+                ax.plot(steps[seen] / 1_000, values[:, seen].mean(0), label=f"on {where} transitions")
+        above.set(title=f"{env_id}: the models", ylabel="squared error / squared change", yscale="log")
+        above.legend(fontsize=6)
+        below.set(xlabel="thousand env steps", ylabel="rank correlation of disagreement and error", ylim=(-0.2, 1))
+    figure.savefig(ROOT / "docs" / f"{script}_experiments.png", dpi=130)
+    plt.close(figure)
+
+
 def ranking() -> None:
     """HyPER beside HyPE, MM and GAIL, ours and the published ones: by all real steps, and by the steps that the official curves count."""
     lines = [("hyper", "default", "HyPER"), ("hype", "hype", "HyPE"), ("hype", "mm", "MM"), ("hype", "gail", "off-policy GAIL")]
@@ -284,7 +368,9 @@ def ranking() -> None:
 
 def main() -> None:
     ranking()
-    for script in sorted(path.name for path in (ROOT / "benchmark" / "results").iterdir() if runs(path.name)):
+    elsewhere = {name for script, names in TOGETHER.items() for name in names if name != script}
+    names = {path.name for path in (ROOT / "benchmark" / "results").iterdir()} | set(TOGETHER)
+    for script in sorted(name for name in names - elsewhere if runs(name)):
         for path in (path for paths in runs(script).values() for path in paths):
             about = json.loads(path.with_suffix(".json").read_text())["args"]
             assert filed_as(about)[1] == path.parent.name, f"{path}: its settings are of {filed_as(about)[1]}"
@@ -293,6 +379,8 @@ def main() -> None:
             pieces = [("results", score_table(script))]
         else:
             picture(script)
+            if script in EXPERIMENTS:
+                experiment_picture(script)
             pieces = [("results", table(script)), ("comparison", comparison(script))]
         for kind, lines in pieces:
             for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
