@@ -105,7 +105,11 @@ class Args:
     num_demos: int = 10
     """trajectories used, the first ones of the file"""
     expert_noise_std: float = 0.0
-    """noise added to the expert's next states as they are read, in standard deviations of its states' changes (an experiment)"""
+    """noise added to the expert's states as they are read, in standard deviations of their changes (an experiment)"""
+    expert_noise_target: Literal["next", "all"] = "next"
+    """which of them: the next ones, or both states of a transition, each with noise of its own"""
+    expert_shuffle: bool = False
+    """give each of the expert's states the next state of another transition: the worst that data can be (an experiment)"""
 
     # Policy
     hidden_sizes: tuple[int, ...] = (256, 256)
@@ -162,7 +166,7 @@ class Args:
     eps_fixed: float = 0.01
     """the weight in the mode fixed"""
     delta_stat: Literal["max", "median", "sum"] = "max"
-    """which statistic of the disagreement over all expert states (paper: the maximum)"""
+    """which statistic of the disagreement over all expert states (paper: the maximum); of an even number the median is the lower one"""
     mse_units: Literal["raw", "normalised"] = "raw"
     """units of errors and disagreements: the observation's, or standard deviations of its changes (not in the paper)"""
     expert_batch_size: int = 256
@@ -276,6 +280,14 @@ def check_args(args: Args) -> None:
     if args.eps_mode == "adaptive" and args.num_models == 1:
         fail("--eps-mode adaptive: the disagreement needs --num-models 2; with one model take --eps-mode true-mse or fixed")
     imitates = args.eps_mode != "fixed" or args.eps_fixed > 0
+    idle = {"adaptive": ["eps_fixed"], "true-mse": ["eps_fixed", "delta_stat"], "fixed": ["beta", "delta_stat"]}[args.eps_mode]
+    idle += (
+        [] if imitates else ["expert_noise_std", "expert_noise_target", "expert_shuffle", "num_models", "mse_units", "expert_batch_size"]
+    )
+    idle += [] if args.expert_noise_std else ["expert_noise_target"]
+    for name in idle:
+        if getattr(args, name) != getattr(Args(), name):
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: changes nothing with the other settings (--eps-mode {args.eps_mode})")
     if imitates and args.model_batch_size > min(args.learning_starts, args.model_buffer_size, args.buffer_size):
         fail("--model-batch-size must not exceed --learning-starts, --model-buffer-size and --buffer-size: a fit has no more transitions")
     if args.total_timesteps <= args.learning_starts and not args.eval_only:
@@ -860,16 +872,37 @@ def imitation_weight(models: DynamicsModels, actor: Actor, expert: Batch, noise:
     return {**metrics, "losses/imitation_weight": weight}
 
 
+def disturb(expert: Batch, args: Args, generator: torch.Generator) -> None:
+    """Makes the expert's transitions [n, ...] wrong, in place, as --expert-noise-std, --expert-noise-target and --expert-shuffle say."""
+    std = args.expert_noise_std * (expert.next_obs - expert.obs).std(0)
+    if args.expert_noise_std:
+        for states in (expert.next_obs, expert.obs) if args.expert_noise_target == "all" else (expert.next_obs,):
+            states.add_(std * torch.randn(states.shape, generator=generator, device=states.device))
+    if args.expert_shuffle:
+        rows = torch.randperm(len(expert.next_obs), generator=generator, device=expert.next_obs.device)
+        expert.next_obs.copy_(expert.next_obs[rows])
+
+
 @torch.no_grad()
 def model_accuracy(models: DynamicsModels, batch: Batch, where: str) -> dict[str, torch.Tensor]:
-    """The models' mean squared error on transitions [n, ...], by what the change itself is, and (with two models) the rank correlation
-    of the error with their disagreement. Does it know where it is wrong?"""
-    error = models.distance(models.all(batch.obs, batch.action), batch.next_obs).mean(0)
-    metrics = {f"model/error_{where}": error.mean() / models.distance(batch.obs, batch.next_obs).mean().clamp(min=1e-12)}
-    if models.n == 2:
+    """The models' mean squared error on transitions [n, ...], in the units of the weight and by what the change itself is, and (with two
+    models) the rank correlation of their disagreement with the error of their mean. Do they know where they are wrong?"""
+    predicted = models.all(batch.obs, batch.action)
+    error, change = (models.distance(x, batch.next_obs).mean() for x in (predicted, batch.obs))
+    metrics = {f"model/squared_error_{where}": error, f"model/error_{where}": error / change.clamp(min=1e-12)}
+    if models.n == 2 and len(batch.obs) > 1:
+        error = models.distance(predicted.mean(0), batch.next_obs)  # each model's own would contain their disagreement
         ranks = [x.argsort().argsort().double() for x in (error, discrepancy(models, batch.obs, batch.action))]
         metrics[f"model/rank_correlation_{where}"] = torch.corrcoef(torch.stack(ranks))[0, 1]
     return metrics
+
+
+@torch.no_grad()
+def log_std(actor: Actor, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The policy's log standard deviation before tanh at obs [n, obs]: its mean, and the share that is clamped."""
+    value = actor.net(actor.normalise(obs)[None])[0].chunk(2, -1)[1]
+    clamped = value.clamp(-20, 2)
+    return {"losses/log_std": clamped.mean(), "losses/log_std_clamped": (clamped != value).float().mean()}
 
 
 def random_transitions(env: ResumableEnv, n: int, buffer: ReplayBuffer) -> Batch:
@@ -1141,11 +1174,8 @@ def train(args: Args) -> dict:
     if imitates:
         expert = ReplayBuffer(len(expert_rows), obs_dim, act_dim, device)  # D^e
         expert.extend(expert_rows)
-        all_expert = clean = expert.split(expert.rows)
-        if args.expert_noise_std:
-            noise = torch.randn(all_expert.obs.shape, generator=streams["expert"], device=device)
-            clean = all_expert._replace(next_obs=all_expert.next_obs.clone())
-            all_expert.next_obs.add_(args.expert_noise_std * noise * (all_expert.next_obs - all_expert.obs).std(0))
+        all_expert, clean = expert.split(expert.rows), expert.split(expert.rows.clone())
+        disturb(all_expert, args, streams["expert"])
         random = random_transitions(ResumableEnv(make_env(args.env_id), [args.seed, 2]), 1_000, buffer)
         models = DynamicsModels(obs_dim, act_dim, args).to(device)
         model_optimizer = Adam(models.parameters(), args.model_lr).to(device)
@@ -1180,6 +1210,7 @@ def train(args: Args) -> dict:
         """At the start of each 1,000 steps: the models, then the weight, which stays until the next time."""
         if counters["updates"]:  # transitions that the models have not seen yet
             log.add(model_accuracy(models, buffer.split(buffer.newest(args.model_every)), "agent"))
+        log.add(log_std(agent.actor, buffer.split(buffer.newest(args.model_every)).obs))
         log.add(fit_models(models, model_optimizer, update_models, buffer, args, streams["model"]))
         log.add(model_accuracy(models, random, "random"))
         if torch.isfinite(clean.action).all():  # nothing else reads them

@@ -79,7 +79,7 @@ def curve(paths: list[Path], column: str = "eval_return_mean") -> tuple[np.ndarr
     shared = sorted(set.intersection(*({int(row[count]) for row in table} for table in tables)))
     assert len(shared) > 1, f"{paths[0].parent}: seeds were not evaluated at the same steps"
     tables = [{int(row[count]): row for row in table} for table in tables]
-    returns = [[float(table[t][column] or "nan") for t in shared] for table in tables]
+    returns = [[float(table[t].get(column) or "nan") for t in shared] for table in tables]
     minutes = np.mean([float(table[shared[-1]]["wall_time_s"]) for table in tables]) / 60
     return np.array(shared), np.array(returns), float(tables[0][shared[-1]]["expert_return"] or "nan"), float(minutes)
 

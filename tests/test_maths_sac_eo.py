@@ -176,6 +176,11 @@ def test_the_actors_gradient_is_the_weighted_sum():
     assert all(g.abs().max() > 0 for g in of_mse[:2]) and not torch.allclose(of_sac[0], of_mse[0])
     mixed = [0.7 * a + 0.3 * b for a, b in zip(of_sac, of_mse, strict=True)]
     torch.testing.assert_close(actor_grads(0.3), mixed, rtol=1e-4, atol=1e-5)
+    agent, models, batch, expert, noise, expert_noise, args, weight = setting(0.3)
+    metrics = sac_eo.sac_update(agent, batch, batch.obs, noise, args, models, expert, expert_noise, weight)
+    for name, share, grads in (("losses/gradient_sac", 0.7, of_sac), ("losses/gradient_imitation", 0.3, of_mse)):
+        norm = torch.cat([g.flatten() for g in grads]).norm().item()  # of all parameters, with the weight
+        assert metrics[name].item() == pytest.approx(share * norm, rel=1e-4)
 
 
 def test_weight_one_is_the_baselines_gradient():
@@ -322,6 +327,10 @@ def test_a_fit_learns_a_linear_system():
     accuracy = sac_eo.model_accuracy(models, test, "test")
     error = models.distance(models.all(test.obs, test.action), test.next_obs).mean()
     share = error / (test.next_obs - test.obs).square().sum(-1).mean()
+    known = buffer.split(buffer.rows)
+    for normaliser, x in ((models.inputs, torch.cat([known.obs, known.action], 1)), (models.change, known.next_obs - known.obs)):
+        torch.testing.assert_close(normaliser.mean, x.mean(0))
+        torch.testing.assert_close(normaliser.std, x.std(0, correction=0))
     assert accuracy["model/error_test"].item() == pytest.approx(share.item(), rel=1e-4) and share < 0.01
 
 
@@ -358,9 +367,24 @@ def test_rank_correlation_is_spearmans():
     randomise(models)
     batch = transitions(40)
     metrics = sac_eo.model_accuracy(models, batch, "x")
-    error = models.distance(models.all(batch.obs, batch.action), batch.next_obs).mean(0)
+    error = models.distance(models.all(batch.obs, batch.action).mean(0), batch.next_obs)
     wanted = spearmanr(error.detach(), sac_eo.discrepancy(models, batch.obs, batch.action).detach()).statistic
     assert metrics["model/rank_correlation_x"].item() == pytest.approx(wanted, abs=1e-6)
+    assert "model/rank_correlation_x" not in sac_eo.model_accuracy(models, transitions(1), "x")
+
+
+def test_errors_that_do_not_depend_on_the_state_are_not_foreseen():
+    """Two models whose errors are independent noise: their disagreement says nothing about their mean's error."""
+    torch.manual_seed(0)
+    models, noise = models_and_args()[0], torch.randn(2, 4_000, 3)
+    batch = transitions(4_000)._replace(next_obs=torch.zeros(4_000, 3))
+    models.all = lambda obs, action: noise
+    metrics = sac_eo.model_accuracy(models, batch, "x")
+    assert abs(metrics["model/rank_correlation_x"]) < 0.05
+    assert metrics["model/squared_error_x"].item() == pytest.approx(noise.square().sum(-1).mean().item(), rel=1e-5)
+    assert metrics["model/error_x"].item() == pytest.approx(
+        (noise.square().sum(-1).mean() / batch.obs.square().sum(-1).mean()).item(), rel=1e-5
+    )
 
 
 def test_random_transitions_are_of_random_actions_and_consecutive():
@@ -433,24 +457,74 @@ def test_the_weight_is_set_after_each_fit_and_stays(tmp_path, argv_of, monkeypat
     assert seen == [weights[k // 30] for k in range(90)]
 
 
+@pytest.mark.parametrize("script", [sac_eo, bco_baseline])
+def test_diagnostics_before_and_after_a_fit(script, tmp_path, argv_of, monkeypatch, demos):
+    """The models are tried on the agent's newest transitions before they learn from them; the weight is set after the fit."""
+    order, batches, accuracy, fit = [], [], script.model_accuracy, script.fit_models
+    monkeypatch.setattr(script, "model_accuracy", lambda m, b, where: [order.append(where), batches.append(b), accuracy(m, b, where)][2])
+    monkeypatch.setattr(script, "fit_models", lambda *a: [order.append("fit"), fit(*a)][1])
+    if script is sac_eo:
+        weigh = sac_eo.imitation_weight
+        monkeypatch.setattr(script, "imitation_weight", lambda *a: [order.append("weigh"), weigh(*a)][1])
+    flags = ["--model-every", "30", "--total-timesteps", "120", "--expert-noise-std", "3", "--expert-noise-target", "all"]
+    run(script, [*argv_of(script), *flags, "--run-dir", tmp_path])
+    after = ["fit", "random", "expert", *["weigh"] * (script is sac_eo)]
+    assert order == [*after, "agent", *after]
+    data = np.load(demos)
+    for name in ("obs", "next_obs"):  # the expert's without the noise that the learner sees
+        np.testing.assert_array_equal(getattr(batches[1], name), data[{"obs": "observations"}.get(name, "next_observations")])
+    parts = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]
+    assert torch.equal(batches[2].obs, parts["buffer"]["rows"][60:90, :4]) and len(batches[0].obs) == 1_000
+
+
+def test_the_policys_spread():
+    actor = sac_eo.Actor(3, 2, (8,))
+    with torch.no_grad():
+        actor.net.output.weight.zero_()
+        actor.net.output.bias.zero_()
+        actor.net.output.bias[..., 2:] = torch.tensor([-21.0, 1.0])
+    metrics = sac_eo.log_std(actor, torch.randn(5, 3))
+    assert metrics["losses/log_std"].item() == -9.5 and metrics["losses/log_std_clamped"].item() == 0.5
+
+
+def test_the_models_deviation_is_clamped():
+    models, args = models_and_args()
+    batch = sac_eo.Batch(*(x.expand(2, *x.shape) for x in transitions(6)))
+    optimizer = sac_eo.Adam(models.parameters(), 0.0)
+    for wild, clamped in ((5.0, 2.0), (-30.0, -10.0)):
+        losses = []
+        for value in (wild, clamped):
+            models.log_std.data.fill_(value)
+            losses.append(sac_eo.model_update(models, optimizer, batch, args).item())
+        assert losses[0] == losses[1] and math.isfinite(losses[0])
+
+
+@pytest.mark.parametrize("script", [sac_eo, bco_baseline])
 @pytest.mark.parametrize("size", [16, 0])
-def test_the_actor_sees_demonstrated_transitions_drawn_anew(size, tmp_path, argv_of, demos, monkeypatch):
-    seen, weighed, update, weigh = [], [], sac_eo.sac_update, sac_eo.imitation_weight
-    monkeypatch.setattr(sac_eo, "sac_update", lambda *a: [seen.append(a[6:8]), update(*a)][1])
-    monkeypatch.setattr(sac_eo, "imitation_weight", lambda *a: [weighed.append(a[2]), weigh(*a)][1])
-    run(sac_eo, [*argv_of(sac_eo), "--expert-batch-size", size, "--total-timesteps", "70", "--run-dir", tmp_path])
+def test_the_actor_sees_demonstrated_transitions_drawn_anew(script, size, tmp_path, argv_of, demos, monkeypatch):
+    seen, name = [], "sac_update" if script is sac_eo else "bco_update"
+    update, first = getattr(script, name), 6 if script is sac_eo else 3
+    monkeypatch.setattr(script, name, lambda *a: [seen.append(a[first : first + 2]), update(*a)][1])
+    run(script, [*argv_of(script), "--expert-batch-size", size, "--total-timesteps", "70", "--run-dir", tmp_path])
     data = np.load(demos)
     pairs = np.concatenate([data["observations"], data["next_observations"]], 1).astype(np.float32)
-    known, every = {tuple(row) for row in pairs.tolist()}, torch.cat([weighed[0].obs, weighed[0].next_obs], 1)
-    assert np.array_equal(every.numpy(), pairs) and len(seen) == 10
+    known = {tuple(row) for row in pairs.tolist()}
     drawn = [torch.cat([expert.obs, expert.next_obs], 1) for expert, _ in seen]
+    assert len(drawn) == 10
     for rows_ in drawn:
         assert len(rows_) == (size or len(pairs)) and {tuple(row) for row in rows_.tolist()} <= known
-        assert size or (
-            {tuple(row) for row in rows_.tolist()} == known and not torch.equal(rows_, every)
-        )  # shuffled before they are halved
+        if not size:  # all of them, shuffled before they are halved
+            assert {tuple(row) for row in rows_.tolist()} == known and not np.array_equal(rows_, pairs)
     assert not any(torch.equal(a, b) for a, b in itertools.pairwise(drawn))
     assert not any(torch.equal(a, b) for (_, a), (_, b) in itertools.pairwise(seen))  # noise
+
+
+def test_the_weight_is_judged_at_all_demonstrated_states(tmp_path, argv_of, demos, monkeypatch):
+    weighed, weigh, data = [], sac_eo.imitation_weight, np.load(demos)
+    monkeypatch.setattr(sac_eo, "imitation_weight", lambda *a: [weighed.append(a[2]), weigh(*a)][1])
+    run(sac_eo, [*argv_of(sac_eo), "--total-timesteps", "70", "--run-dir", tmp_path])
+    np.testing.assert_array_equal(weighed[0].obs, data["observations"])
+    np.testing.assert_array_equal(weighed[0].next_obs, data["next_observations"])
 
 
 def test_weight_0_with_models_is_sac_too():
@@ -470,15 +544,32 @@ def test_the_optimisers_memory_outlives_a_fit():
         assert optimizer.steps == 7 * fits
 
 
-def test_expert_noise_disturbs_next_states_by_so_many_deviations(tmp_path, argv_of, demos, monkeypatch):
-    seen, weigh = [], sac_eo.imitation_weight
-    monkeypatch.setattr(sac_eo, "imitation_weight", lambda *a: [seen.append(a[2]), weigh(*a)][1])
-    for std in ("0", "0.5"):
-        run(sac_eo, [*argv_of(sac_eo), "--expert-noise-std", std, "--total-timesteps", "70", "--run-dir", tmp_path / std])
-    clean, noisy = seen
-    assert torch.equal(clean.obs, noisy.obs)
-    change = (clean.next_obs - clean.obs).std(0)
-    np.testing.assert_allclose(((noisy.next_obs - clean.next_obs).std(0) / change).numpy(), 0.5, rtol=0.15)
+@pytest.mark.parametrize("script", [sac_eo, bco_baseline])
+@pytest.mark.parametrize(
+    "flags", [["--expert-noise-std", "0.5"], ["--expert-noise-std", "0.5", "--expert-noise-target", "all"], ["--expert-shuffle"]]
+)
+def test_disturbed_expert_states(script, flags, tmp_path, argv_of, demos, monkeypatch):
+    """The learner sees them; by so many deviations of the changes, or paired with others."""
+    seen, name = [], "sac_update" if script is sac_eo else "bco_update"
+    update, expert = getattr(script, name), 6 if script is sac_eo else 3
+    monkeypatch.setattr(script, name, lambda *a: [seen.append(a[expert]), update(*a)][1])
+    common = [*argv_of(script), "--expert-batch-size", "0", "--num-models", "1", "--total-timesteps", "61"]
+    common += ["--eps-mode", "true-mse"] if script is sac_eo else []
+    run(script, [*common, *flags, "--run-dir", tmp_path])
+    data, batch = np.load(demos), seen[0]
+    obs, next_obs = data["observations"], data["next_observations"]
+    std = (next_obs - obs).std(0)
+    if flags == ["--expert-shuffle"]:
+        np.testing.assert_array_equal(batch.obs, obs)
+        assert (batch.next_obs.numpy() != next_obs).any(1).mean() > 0.9
+        np.testing.assert_array_equal(sorted(batch.next_obs.tolist()), sorted(next_obs.tolist()))
+        return
+    np.testing.assert_allclose((batch.next_obs.numpy() - next_obs).std(0) / std, 0.5, rtol=0.15)
+    if "all" in flags:
+        np.testing.assert_allclose((batch.obs.numpy() - obs).std(0) / std, 0.5, rtol=0.15)
+        assert np.abs(batch.obs.numpy() - obs - batch.next_obs.numpy() + next_obs).mean() > 0  # noise of their own
+    else:
+        np.testing.assert_array_equal(batch.obs, obs)
 
 
 @pytest.mark.parametrize("script,argv,message", [
@@ -490,6 +581,13 @@ def test_expert_noise_disturbs_next_states_by_so_many_deviations(tmp_path, argv_
     (sac_eo, ["--demos", "missing.npz"], "no such file"),
     (sac_eo, ["--num-demos", "9"], "--num-demos 5"),
     (bco_baseline, ["--demos", "missing.npz"], "no such file"),
+    (sac_eo, ["--eps-fixed", "0"], "--eps-fixed 0.0: changes nothing"),
+    (sac_eo, ["--eps-mode", "fixed", "--beta", "50"], "--beta 50.0: changes nothing"),
+    (sac_eo, ["--eps-mode", "true-mse", "--delta-stat", "sum"], "--delta-stat sum: changes nothing"),
+    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--expert-noise-std", "1"], "--expert-noise-std 1.0: changes nothing"),
+    (sac_eo, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
+    (bco_baseline, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
+    (bco_baseline, ["--variant", "inverse", "--num-models", "1"], "--num-models 1: changes nothing"),
 ])  # fmt: skip
 def test_refusals(script, argv, message, tmp_path, argv_of, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -77,9 +77,9 @@ def test_picture_of_the_experiments(file_result, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(plot.plt, "close", lambda figure: drawn.append(figure))
     more = {f"model/{what}_{where}": ["", 0.5, 0.4] for what in ("error", "rank_correlation") for where in ("expert", "agent", "random")}
-    for variant, weight in (("default", 0.2), ("beta-10", 0.7), ("sac", 0.0)):
-        more["losses/imitation_weight"] = ["", weight, weight]
-        file_result("sac_eo", variant, "Toy-v0", 1, [60, 85, 95], **more)
+    for variant, weight in (("default", 0.2), ("beta-10", 0.7)):
+        file_result("sac_eo", variant, "Toy-v0", 1, [60, 85, 95], **more, **{"losses/imitation_weight": ["", weight, weight]})
+    file_result("sac_eo", "sac", "Toy-v0", 1, [60, 85, 95])  # has no weight
     plot.experiment_picture("sac_eo")
     assert (tmp_path / "docs" / "sac_eo_experiments.png").exists()
     axes = drawn[0].axes
