@@ -186,7 +186,8 @@ def parse_args(argv: list[str]) -> Args:
             if not error.code:
                 raise
             words = re.sub(r"[╭╮╰╯│─]|-{3,}|\s", " ", complaint.getvalue().partition("helptext")[0]).split()
-            fail(" ".join(words).removesuffix(" Argument").removesuffix(" For full").removeprefix("Unrecognized options "))
+            words = " ".join(words).removesuffix(" Argument").removesuffix(" For full")
+            fail(words.removeprefix("Unrecognized options ").removeprefix("Invalid choice "))
 
     args = cli(Args(), [word for word in argv if word not in ("-h", "--help")])  # help shows the preset's values
     if args.resume:
@@ -200,7 +201,8 @@ def parse_args(argv: list[str]) -> Args:
             fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({error})")
         args = cli(replace(saved, resume=args.resume), argv)
         for name, value in asdict(args).items():
-            if value != getattr(saved, name) and name not in RESUME_MAY_CHANGE:
+            shorter = name == "total_timesteps" and value < saved.total_timesteps
+            if value != getattr(saved, name) and (shorter or name not in RESUME_MAY_CHANGE):
                 fail(f"--resume: --{name.replace('_', '-')} was {getattr(saved, name)} and cannot become {value}")
         return args
     policy = load_policy(args.checkpoint) if args.eval_only and args.checkpoint else {}
@@ -270,7 +272,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             gym.register_envs(gymnasium_robotics)
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError, TypeError) as error:
-        near = [] if env_id in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
+        if ":" in env_id and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
+            raise  # a mistake in the user's module, which its traceback shows
+        near = [] if env_id.rpartition(":")[2] in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
     if render_mode:
         try:
@@ -637,6 +641,8 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: list[int], p_tremb
             if "success" in info or "is_success" in info:
                 success = np.fmax(success, float(info.get("success", info.get("is_success"))))
             done = terminated or truncated
+            if len(env.executed) == 100_000 and not done:
+                fail("an episode of 100,000 steps has not ended: register the environment with max_episode_steps")
         returns.append(env.episode_return)
         lengths.append(len(env.executed))
         successes.append(success)
@@ -656,7 +662,7 @@ class Log:
             import wandb
 
             wandb.init(project="hybrid-irl", name=run_dir.name, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(run_dir), purge_step=env_steps or None)
+        self.writer = SummaryWriter(str(run_dir), purge_step=env_steps + 1)
         self.bar = tqdm(total=args.total_timesteps, initial=env_steps, unit="step", smoothing=0.05, dynamic_ncols=True)
 
     def add(self, metrics: dict[str, torch.Tensor | float]) -> None:
@@ -775,6 +781,8 @@ def save_checkpoint(run_dir: Path, parts: dict, counters: dict[str, int], policy
 
 def read_checkpoint(run_dir: Path) -> dict:
     """What save_checkpoint wrote."""
+    if not (run_dir / "checkpoint.pt").exists():
+        fail(f"--resume {run_dir}: it was stopped before its first checkpoint; delete the folder and start the run anew")
     content = read_torch_file(run_dir / "checkpoint.pt")
     if content.get("script") != SCRIPT:
         fail(f"{run_dir / 'checkpoint.pt'}: written by {content.get('script', 'another program')}, not by {SCRIPT}")

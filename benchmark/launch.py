@@ -82,7 +82,14 @@ def main() -> None:
     options, words = parser.parse_args(sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else None), []
     if "--" in sys.argv:
         words = sys.argv[sys.argv.index("--") + 1 :]
+    args = asdict(importlib.import_module(Path(options.script).stem).parse_args(words))
+    if any(word.partition("=")[0] in ("--seed", "--run-dir", "--resume") for word in words):
+        raise SystemExit("launch.py: error: --seed, --run-dir and --resume are the launcher's: take --seeds and --runs")
     variant, failed = options.variant or variant_of(options.script, words), 0
+    for seed in options.seeds:
+        path = options.results / Path(options.script).stem / variant / filed_as(args)[1] / f"seed{seed}.json"
+        if path.exists() and (longer := json.loads(path.read_text())["args"]["total_timesteps"]) > args["total_timesteps"]:
+            raise SystemExit(f"launch.py: error: {path} is a run of {longer:,} steps: take another --results or --variant")
     with ThreadPoolExecutor(options.parallel) as pool:
         for code, line in pool.map(lambda seed: launch(options.script, seed, words, variant, options.runs, options.results), options.seeds):
             print(line, flush=True)

@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -103,7 +105,7 @@ SPOILED = {
     r"next_observations must have shape": lambda d: d.update(next_observations=d["next_observations"][:, 0]),
     r"recorded on Walker2d-v4, not on tests.pointmass:PointMass-v0": lambda d: d.update(metadata='{"env_id": "Walker2d-v4"}'),
     "metadata is not a JSON object": lambda d: d.update(metadata="{"),
-    r"has 2-dim actions, the file has 3: recorded on another version\?": lambda d: d.update(actions=np.pad(d["actions"], ((0, 0), (0, 1)))),
+    "has 2-dim actions, the file has 3: recorded in another": lambda d: d.update(actions=np.pad(d["actions"], ((0, 0), (0, 1)))),
 }  # fmt: skip
 
 
@@ -142,6 +144,55 @@ def finished(tmp_path):
 def test_changed_argument_on_resume(finished, capsys, tmp_path):
     line = complaint(sac, ["--resume", str(finished), "--gamma", "0.5"], capsys, tmp_path)
     assert "--gamma was 0.99 and cannot become 0.5" in line
+
+
+def test_a_run_is_not_shortened(finished, capsys, tmp_path):
+    line = complaint(sac, ["--resume", str(finished), "--total-timesteps", "70"], capsys, tmp_path)
+    assert "--total-timesteps was 80 and cannot become 70" in line
+
+
+def test_resume_of_a_run_without_a_checkpoint(finished, capsys, tmp_path):
+    (finished / "checkpoint.pt").unlink()
+    assert "stopped before its first checkpoint" in complaint(sac, ["--resume", str(finished)], capsys, tmp_path)
+
+
+def test_a_mistake_in_the_users_environment_keeps_its_traceback(tmp_path, monkeypatch):
+    source = (ROOT / "tests" / "pointmass.py").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_import.py").write_text("from math import no_such_name\n")
+    (tmp_path / "broken_init.py").write_text(source.replace("def __init__(self", "def __init__(self, _=[] + 'x'", 1))
+    (tmp_path / "broken_call.py").write_text(
+        "import gymnasium as gym\n\ndef make():\n    return 3 + 'x'\n\ngym.register('Broken-v0', entry_point=make)\n"
+    )
+    with pytest.raises(ImportError, match="no_such_name"):
+        sac.make_env("broken_import:Env-v0")
+    with pytest.raises(TypeError, match=r"unsupported operand") as caught:
+        sac.make_env("broken_call:Broken-v0")
+    assert 'broken_call.py", line 4' in "".join(traceback.format_exception(caught.value))
+    with pytest.raises(TypeError):
+        sac.make_env("broken_init:PointMass-v0")
+
+
+def test_an_episode_that_never_ends(capsys):
+    """Without a time limit the first evaluation would wait for ever."""
+
+    class Endless(gym.Env):
+        observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.zeros(1), {}
+
+        def step(self, action):
+            return np.zeros(1), 0.0, False, False, {}
+
+    class Still:
+        def act(self, obs):
+            return np.zeros(1)
+
+    with pytest.raises(SystemExit):
+        sac.evaluate(Still(), Endless(), 1, [0])
+    assert "register the environment with max_episode_steps" in capsys.readouterr().err
 
 
 def test_resume_of_another_scripts_run(finished, capsys, tmp_path):

@@ -577,7 +577,7 @@ def test_disturbed_expert_states(script, flags, tmp_path, argv_of, demos, monkey
     (sac_eo, ["--model-batch-size", "61"], "--model-batch-size must not exceed"),
     (sac_eo, ["--buffer-size", "15"], "--model-batch-size must not exceed"),
     (sac_eo, ["--eps-mode", "fixed", "--demos", "missing.npz"], "no such file"),
-    (sac_eo, ["--env-id", "Hopper-v4"], "4: recorded on another version?"),
+    (sac_eo, ["--env-id", "Hopper-v4"], "4: recorded in another environment, or another version of it?"),
     (sac_eo, ["--demos", "missing.npz"], "no such file"),
     (sac_eo, ["--num-demos", "9"], "--num-demos 5"),
     (bco_baseline, ["--demos", "missing.npz"], "no such file"),

@@ -680,6 +680,20 @@ def test_launcher_files_each_seed_and_goes_on_where_one_stopped(tmp_path):
         assert result.returncode == 0 and "seed 2:" in result.stdout, result.stderr
     filed = sorted(path.name for path in (tmp_path / "results" / "sac" / "default-tiny" / "tests.pointmass-PointMass-v0").iterdir())
     assert filed == ["seed1.csv", "seed1.json", "seed2.csv", "seed2.json"]
+    for words, complaint in ((["120", "--seed", "2"], "take --seeds"), (["110"], "is a run of 120 steps")):
+        refused = [*argv[: argv.index("--total-timesteps") + 1], *words]
+        result = subprocess.run([str(word) for word in refused], env=environment(), capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 1 and complaint in result.stderr and "Traceback" not in result.stderr
+
+
+def test_tensorboard_keeps_all_points_of_a_resumed_run(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(sac, [*POINT, *TINY_SAC, "--eval-every", "40", "--total-timesteps", "120", "--run-dir", tmp_path])
+    time.sleep(1.1)  # the events' files are ordered by second
+    run(sac, ["--resume", tmp_path, "--total-timesteps", "160"])
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("eval/return_mean")
+    assert [event.step for event in events] == [0, 40, 80, 120, 160]
 
 
 def test_an_environment_module_in_the_working_directory(tmp_path):
