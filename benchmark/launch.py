@@ -82,9 +82,9 @@ def main() -> None:
     options, words = parser.parse_args(sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else None), []
     if "--" in sys.argv:
         words = sys.argv[sys.argv.index("--") + 1 :]
-    args = asdict(importlib.import_module(Path(options.script).stem).parse_args(words))
     if any(word.partition("=")[0] in ("--seed", "--run-dir", "--resume") for word in words):
         raise SystemExit("launch.py: error: --seed, --run-dir and --resume are the launcher's: take --seeds and --runs")
+    args = asdict(importlib.import_module(Path(options.script).stem).parse_args(words))
     variant, failed = options.variant or variant_of(options.script, words), 0
     for seed in options.seeds:
         path = options.results / Path(options.script).stem / variant / filed_as(args)[1] / f"seed{seed}.json"

@@ -34,7 +34,7 @@ EXPERIMENTS = {
         "the weight": ("sac-eo", "eps-0.1", "eps-0.01", "eps-0.001", "sac"),
         "beta": ("beta-10", "beta-50", "sac-eo", "beta-200"),
         "one model or two, weight 0.01": ("eps-0.01", "one-model"),
-        "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "sac"),
+        "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "noise-1-all", "shuffled", "sac"),
     }
 }
 BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods
