@@ -73,7 +73,7 @@ def experiments(script: str) -> set[str]:
 
 def curve(paths: list[Path], column: str = "eval_return_mean") -> tuple[np.ndarray, np.ndarray, float, float]:
     """Env steps [t] that all seeds share (without any: updates), values of the column [seeds, t] (by default returns), the
-    demonstrations' mean return, minutes until then."""
+    demonstrations' mean return (not a number without any), minutes until then."""
     tables = [read(path) for path in paths]
     count = "env_steps" if int(tables[0][-1]["env_steps"]) else "updates"
     shared = sorted(set.intersection(*({int(row[count]) for row in table} for table in tables)))
@@ -81,7 +81,12 @@ def curve(paths: list[Path], column: str = "eval_return_mean") -> tuple[np.ndarr
     tables = [{int(row[count]): row for row in table} for table in tables]
     returns = [[float(table[t].get(column) or "nan") for t in shared] for table in tables]
     minutes = np.mean([float(table[shared[-1]]["wall_time_s"]) for table in tables]) / 60
-    return np.array(shared), np.array(returns), float(tables[0][shared[-1]]["expert_return"] or "nan"), float(minutes)
+    experts = [float(table[shared[-1]]["expert_return"] or "nan") for table in tables]
+    if not np.isfinite(experts).any():  # SAC knows none: that of the methods it stands beside
+        beside = sorted(paths[0].parents[2].glob(f"*/{paths[0].parent.name}/seed*.csv"))
+        experts = [float(read(path)[-1]["expert_return"] or "nan") for path in beside]
+    expert = next((expert for expert in experts if np.isfinite(expert)), np.nan)
+    return np.array(shared), np.array(returns), expert, float(minutes)
 
 
 def last_step(path: Path) -> int:
@@ -194,7 +199,8 @@ def table(script: str) -> str:
                 there = rows and at[0] <= steps[-1] / 1_000 <= at[-1]
                 theirs.append(f"{np.interp(steps[-1] / 1_000, at, share):.0%}" if there else "-")
             first = "-" if cloning else f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
-            row += [f"{expert:.0f}", f"{100 * last.mean() / expert:.0f}%", first, *theirs]
+            known = [f"{expert:.0f}", f"{100 * last.mean() / expert:.0f}%", first] if np.isfinite(expert) else ["-"] * 3
+            row += [*known, *theirs]
         lines.append(row)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -221,8 +227,7 @@ def comparison(script: str) -> str:
     lines.append(["---"] * len(lines[0]))
     for env_id in dict.fromkeys(env_id for env_id, _ in found):
         methods = {variant: value for (env, variant), value in found.items() if env == env_id}
-        experts = [expert for *_, expert, _ in methods.values() if np.isfinite(expert)]
-        if len(methods) < 2 or not experts:
+        if len(methods) < 2 or not all(np.isfinite(expert) for *_, expert, _ in methods.values()):
             continue
         end, rows = min(steps[-1] for steps, *_ in methods.values()), []
         for other, variant, name in BESIDE.get(script, ()):
@@ -230,7 +235,7 @@ def comparison(script: str) -> str:
                 methods[name] = curve(runs(other)[env_id, variant])
         for variant, (steps, returns, expert, _) in methods.items():
             cloning = variant == "bc"
-            share = returns[:, steps <= (steps[-1] if cloning else end)] / (expert if np.isfinite(expert) else experts[0])
+            share = returns[:, steps <= (steps[-1] if cloning else end)] / expert
             if cloning:
                 row = ["-", f"{share[:, -1].mean():.0%} (its last one)", *["-"] * len(shares)]
             else:

@@ -57,6 +57,16 @@ def test_table_has_the_seeds_together_then_those_that_went_further(file_result):
     assert [row[7:9] for row in rows] == [["68%", "20"], ["88%", "20"]]
 
 
+def test_seeds_that_know_no_expert_are_held_to_the_environments(file_result):
+    file_result("sac_eo", "default", "Toy-v0", 1, [60, 85])
+    file_result("sac_eo", "sac", "Toy-v0", 1, [10, 60], expert=float("nan"))
+    file_result("sac_eo", "sac", "Toy-v0", 2, [10, 80])
+    file_result("sac_eo", "sac-eo-beside", "Lone-v0", 1, [10, 60], expert="")
+    assert cells(plot.table("sac_eo"), "Toy-v0", "sac")[2:9] == ["2", "20", "35, 45", "2", "100", "40%", "not in 20"]
+    assert cells(plot.table("sac_eo"), "Lone-v0", "sac-eo-beside")[6:9] == ["-"] * 3
+    assert "Lone" not in plot.comparison("sac_eo")
+
+
 def test_a_sibling_is_compared_with_its_methods_and_other_scripts_are_beside(file_result):
     file_result("sac_eo", "default", "Toy-v0", 1, [60, 85, 95])
     file_result("sac_eo", "sac", "Toy-v0", 1, [10, 60, 85], expert=float("nan"))  # SAC knows no expert
