@@ -122,8 +122,6 @@ class Args:
     """forward models, trained apart from each other; each predicts its part of the expert's transitions (inverse: always one model)"""
     model_hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of a model's hidden layers (official: 512 512)"""
-    model_layer_norm: bool = False
-    """normalise a model's hidden layers, which errs less where it has seen little (official: no)"""
     model_lr: float = 1e-3
     """Adam step size of the models"""
     model_batch_size: int = 200
@@ -650,7 +648,7 @@ class DynamicsModels(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.net = StackedMLP(args.num_models, [obs_dim + act_dim, *args.model_hidden_sizes, obs_dim], layer_norm=args.model_layer_norm)
+        self.net = StackedMLP(args.num_models, [obs_dim + act_dim, *args.model_hidden_sizes, obs_dim])
         self.log_std = nn.Parameter(torch.zeros(args.num_models, 1, obs_dim))
         self.inputs, self.change = Normaliser(obs_dim + act_dim), Normaliser(obs_dim)
         self.n, self.raw = args.num_models, args.mse_units == "raw"
@@ -683,7 +681,7 @@ class InverseModel(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.net = StackedMLP(1, [2 * obs_dim, *args.model_hidden_sizes, act_dim], layer_norm=args.model_layer_norm)
+        self.net = StackedMLP(1, [2 * obs_dim, *args.model_hidden_sizes, act_dim])
         self.inputs = Normaliser(2 * obs_dim)
 
     def forward(self, obs: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:

@@ -144,8 +144,6 @@ class Args:
     """models, trained apart from each other; the adaptive weight needs two"""
     model_hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of a model's hidden layers (official: 512 512)"""
-    model_layer_norm: bool = False
-    """normalise a model's hidden layers, which errs less where it has seen little (official: no)"""
     model_lr: float = 1e-3
     """Adam step size of the models"""
     model_batch_size: int = 200
@@ -719,7 +717,7 @@ class DynamicsModels(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.net = StackedMLP(args.num_models, [obs_dim + act_dim, *args.model_hidden_sizes, obs_dim], layer_norm=args.model_layer_norm)
+        self.net = StackedMLP(args.num_models, [obs_dim + act_dim, *args.model_hidden_sizes, obs_dim])
         self.log_std = nn.Parameter(torch.zeros(args.num_models, 1, obs_dim))
         self.inputs, self.change = Normaliser(obs_dim + act_dim), Normaliser(obs_dim)
         self.n, self.raw = args.num_models, args.mse_units == "raw"

@@ -49,18 +49,6 @@ class Still(sac_eo.Actor):
         return noise, noise.sum(-1)
 
 
-@pytest.mark.parametrize("normalised", [True, False])
-def test_layer_norm_forgets_the_scale_of_hidden_layers(normalised):
-    models, _ = models_and_args(model_layer_norm=normalised)
-    randomise(models)
-    before = models.all(transitions().obs, transitions().action)
-    with torch.no_grad():
-        for layer in models.net.hidden:
-            layer.weight.mul_(3)
-    after = models.all(transitions().obs, transitions().action)
-    assert torch.allclose(before, after, atol=1e-2) == normalised
-
-
 # The weight
 @pytest.mark.parametrize("beta,delta,eps", [
     (50, 0.01, 0.667), (50, 0.5, 0.0385), (50, 5, 0.0040), (100, 0.01, 0.500), (100, 0.1, 0.0909), (100, 1, 0.0099), (200, 0.1, 0.0476),
