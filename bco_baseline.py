@@ -136,8 +136,8 @@ class Args:
     """most minibatches of a fit (official: 100,000)"""
 
     # Imitation
-    mse_units: Literal["raw", "normalised"] = "raw"
-    """units of errors: the observation's, or standard deviations of its changes (not in the paper)"""
+    mse_units: Literal["raw", "normalised"] = "normalised"
+    """units of errors: standard deviations of the observation's changes (not in the paper), or its own (paper: raw)"""
     expert_batch_size: int = 256
     """expert transitions in a gradient step; 0 for all of them"""
 
@@ -165,8 +165,8 @@ PRESETS: dict[str, dict[str, dict]] = {
     "default": {},
     "paper": {
         "*": dict(
-            total_timesteps=1_000_000, actor_lr=1e-4, model_hidden_sizes=(512, 512), model_max_batches=100_000, eval_every=10_000,
-            eval_episodes=10,
+            total_timesteps=1_000_000, actor_lr=1e-4, model_hidden_sizes=(512, 512), model_max_batches=100_000, mse_units="raw",
+            eval_every=10_000, eval_episodes=10,
         )
     },
 }  # fmt: skip
@@ -246,8 +246,9 @@ def check_args(args: Args) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no GPU that torch can use; take --device cpu")
     idle = ["num_models", "mse_units"] if args.variant == "inverse" else []
+    usual = replace(Args(), **PRESETS[args.preset].get("*", {}))
     for name in [*idle, *([] if args.expert_noise_std else ["expert_noise_target"])]:
-        if getattr(args, name) != getattr(Args(), name):
+        if getattr(args, name) != getattr(usual, name):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: changes nothing with the other settings (--variant {args.variant})")
     if args.model_batch_size > min(args.learning_starts, args.model_buffer_size):
         fail("--model-batch-size must not exceed --learning-starts and --model-buffer-size: the first fit has no more transitions")

@@ -158,17 +158,20 @@ class Args:
     """most minibatches of a fit (official: 100,000)"""
 
     # Imitation
+    imitate: Literal["states", "actions"] = "states"
+    """come to the expert's next states, through the models; or act as it did, which exact models might ask for: how much better models
+    could help (an experiment, the only thing here that reads the expert's actions)"""
     eps_mode: Literal["adaptive", "true-mse", "fixed"] = "adaptive"
     """weight of the imitation term: 1 / (1 + beta d), where d is the models' disagreement at the expert's states, or half their mean
     squared error there with the policy's actions; or constant"""
-    beta: float = 100.0
-    """how fast the weight falls with d (paper: tuned among 50, 100, 200)"""
+    beta: float = 1.0
+    """how fast the weight falls with d (paper, in raw units: tuned among 50, 100, 200)"""
     eps_fixed: float = 0.01
     """the weight in the mode fixed"""
     delta_stat: Literal["max", "median", "sum"] = "max"
     """which statistic of the disagreement over all expert states (paper: the maximum); of an even number the median is the lower one"""
-    mse_units: Literal["raw", "normalised"] = "raw"
-    """units of errors and disagreements: the observation's, or standard deviations of its changes (not in the paper)"""
+    mse_units: Literal["raw", "normalised"] = "normalised"
+    """units of errors and disagreements: standard deviations of the observation's changes (not in the paper), or its own (paper: raw)"""
     expert_batch_size: int = 256
     """expert transitions in a gradient step; 0 for all of them"""
 
@@ -199,7 +202,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "paper": {
         "*": dict(
             total_timesteps=1_000_000, actor_lr=1e-4, critic_lr=3e-4, alpha_lr=1e-4, alpha=0.1, gamma=0.995, model_hidden_sizes=(512, 512),
-            model_max_batches=100_000, eval_every=10_000, eval_episodes=10,
+            model_max_batches=100_000, beta=100.0, mse_units="raw", eval_every=10_000, eval_episodes=10,
         )
     },
 }  # fmt: skip
@@ -283,12 +286,12 @@ def check_args(args: Args) -> None:
         fail("--eps-mode adaptive: the disagreement needs --num-models 2; with one model take --eps-mode true-mse or fixed")
     imitates = args.eps_mode != "fixed" or args.eps_fixed > 0
     idle = {"adaptive": ["eps_fixed"], "true-mse": ["eps_fixed", "delta_stat"], "fixed": ["beta", "delta_stat"]}[args.eps_mode]
-    idle += (
-        [] if imitates else ["expert_noise_std", "expert_noise_target", "expert_shuffle", "num_models", "mse_units", "expert_batch_size"]
-    )
+    if not imitates:
+        idle += "imitate expert_noise_std expert_noise_target expert_shuffle num_models mse_units expert_batch_size".split()
     idle += [] if args.expert_noise_std else ["expert_noise_target"]
+    usual = replace(Args(), **PRESETS[args.preset].get("*", {}))
     for name in idle:
-        if getattr(args, name) != getattr(Args(), name):
+        if getattr(args, name) != getattr(usual, name):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: changes nothing with the other settings (--eps-mode {args.eps_mode})")
     if imitates and args.model_batch_size > min(args.learning_starts, args.model_buffer_size, args.buffer_size):
         fail("--model-batch-size must not exceed --learning-starts, --model-buffer-size and --buffer-size: a fit has no more transitions")
@@ -767,7 +770,7 @@ def sac_update(
     `batch` has [batch, ...] fields, `actor_obs` [batch, obs] are the states of the actor's and temperature's loss,
     `noise` [2, batch, act] is standard normal. With `models`, which stay as they are, the actor's loss is
     (1 - weight) J_SAC + weight MSE, the error that its sampled actions, for `expert_noise` [n, act], would make from the states of
-    `expert` [n, ...]. Returns scalars to log.
+    `expert` [n, ...] (--imitate actions: the squared distance to the expert's). Returns scalars to log.
     """
     alpha = agent.log_alpha.detach().exp()
     with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
@@ -785,7 +788,11 @@ def sac_update(
     grads, imitation = torch.autograd.grad(actor_loss, agent.actor_optimizer.params), {}
     if models is not None:
         with torch.autocast(actor_obs.device.type, torch.bfloat16, enabled=args.bf16):
-            error = imitation_error(models, expert.obs, agent.actor(expert.obs, expert_noise)[0], expert.next_obs)
+            expert_action = agent.actor(expert.obs, expert_noise)[0]
+            if args.imitate == "states":
+                error = imitation_error(models, expert.obs, expert_action, expert.next_obs)
+            else:
+                error = (expert_action - expert.action).square().sum(-1).mean()
         pull = torch.autograd.grad(error, agent.actor_optimizer.params)
         grads, pull = torch._foreach_mul(grads, 1 - weight), torch._foreach_mul(pull, weight)
         norms = [torch.stack(torch._foreach_norm(part)).norm() for part in (grads, pull)]
@@ -1175,7 +1182,7 @@ def train(args: Args) -> dict:
     demos = args.demos or str(Path(__file__).parent / "demos" / f"{re.sub('[/:]', '-', args.env_id)}.npz")
     imitates, expert_return = args.eps_mode != "fixed" or args.eps_fixed > 0, float("nan")
     if imitates or args.demos or Path(demos).exists():
-        expert_rows, expert_return = load_demos(demos, args.env_id, env, args.num_demos, needs_actions=False)
+        expert_rows, expert_return = load_demos(demos, args.env_id, env, args.num_demos, needs_actions=args.imitate == "actions")
     agent = Agent(obs_dim, act_dim, args).to(device)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, act_dim, device)  # D
     parts = dict(agent=agent, buffer=buffer, env=env) | {f"{name}_stream": stream for name, stream in streams.items()}

@@ -18,7 +18,6 @@ from tests.conftest import POINT, TINY_BCO, TINY_HYPE, TINY_HYPER, TINY_MBARL, T
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "demos" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = dict(sac=sac, hype=hype, hyper=hyper, sac_eo=sac_eo, bco_baseline=bco_baseline, sra_offline=sra_offline, mbarl=mbarl)
-PAGE_OF = dict(bco_baseline="sac_eo")  # the others have a page of their own name
 COMMANDS = sorted({
     (page.name, match[1], match[2]) for page in PAGES
     for match in re.finditer(r"(?:python|uv run) (\w+)\.py((?: [^\n`&|#]+)?)", page.read_text())
@@ -67,15 +66,15 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("script", MODULES)
 def test_every_metric_is_explained(script):
-    source, page = (ROOT / f"{script}.py").read_text(), (ROOT / "docs" / f"{PAGE_OF.get(script, script)}.md").read_text()
+    source, page = (ROOT / f"{script}.py").read_text(), (ROOT / "docs" / f"{script}.md").read_text()
     for metric in set(re.findall(r'"((?:charts|losses|model|reward)/\w+)"', source)):
         assert f"`{metric}`" in page, metric
 
 
 @pytest.mark.parametrize("script", MODULES)
 def test_functions_of_the_equation_table_exist(script):
-    page = (ROOT / "docs" / f"{PAGE_OF.get(script, script)}.md").read_text()
-    source = "".join((ROOT / f"{name}.py").read_text() for name in MODULES if PAGE_OF.get(name, name) == PAGE_OF.get(script, script))
+    page = (ROOT / "docs" / f"{script}.md").read_text()
+    source = (ROOT / f"{script}.py").read_text()
     table = page.partition("## Equation to function")[2].partition("\n## ")[0]
     named = {name for row in table.splitlines() if row.startswith("| ") for name in re.findall(r"`([\w.]+)`", row.split(" | ")[1])}
     assert len(named) > 2

@@ -16,7 +16,7 @@ from tests.conftest import POINT, TINY_SAC, rows, run
 
 def models_and_args(n: int = 2, **settings):
     torch.manual_seed(0)
-    args = sac_eo.Args(hidden_sizes=(8, 8), model_hidden_sizes=(8, 8), num_models=n, **settings)
+    args = sac_eo.Args(**dict(hidden_sizes=(8, 8), model_hidden_sizes=(8, 8), num_models=n, mse_units="raw") | settings)
     return sac_eo.DynamicsModels(3, 2, args), args
 
 
@@ -75,9 +75,9 @@ def test_identical_models_do_not_disagree():
     assert metrics["model/discrepancy_max"] == 0 and metrics["losses/imitation_weight"] == 1
 
 
-@pytest.mark.parametrize("stat", ["max", "median", "sum"])
-def test_discrepancy_is_of_one_action_for_both_models_over_all_states(stat):
-    models, args = models_and_args(delta_stat=stat, beta=1.0)
+@pytest.mark.parametrize("stat,units", [("max", "raw"), ("median", "raw"), ("sum", "raw"), ("max", "normalised")])
+def test_discrepancy_is_of_one_action_for_both_models_over_all_states(stat, units):
+    models, args = models_and_args(delta_stat=stat, beta=1.0, mse_units=units)
     randomise(models)
     batch, noise, actor = transitions(5), torch.randn(5, 2), sac_eo.Actor(3, 2, (8, 8))
     metrics = sac_eo.imitation_weight(models, actor, batch, noise, args)
@@ -89,6 +89,7 @@ def test_discrepancy_is_of_one_action_for_both_models_over_all_states(stat):
         for layer in (*part.net.hidden, part.net.output):
             layer.weight, layer.bias = torch.nn.Parameter(layer.weight[m : m + 1]), torch.nn.Parameter(layer.bias[m : m + 1])
     apart = one(batch.obs[None], action[None])[0] - two(batch.obs[None], action[None])[0]
+    apart = apart / torch.tensor([0.5, 2.0, 3.0]) if units == "normalised" else apart
     torch.testing.assert_close(ours, apart.square().sum(-1).sqrt())
     d = dict(max=max, median=lambda x: sorted(x)[2], sum=sum)[stat](apart.norm(dim=-1).tolist())
     assert metrics["losses/imitation_weight"].item() == pytest.approx(1 / (1 + d), rel=1e-5)
@@ -229,6 +230,20 @@ def test_a_whole_run_with_weight_0_is_sacs(tmp_path):
     assert rows(tmp_path / "sac") == rows(tmp_path / "eo") and len(rows(tmp_path / "sac")) == 5
     agents = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["parts"]["agent"] for name in ("sac", "eo")]
     assert all(torch.equal(agents[0][key], agents[1][key]) for key in agents[0])
+
+
+def test_imitating_actions_clones_them_and_needs_them(tmp_path, argv_of, demos, capsys):
+    agent, models, batch, expert, noise, expert_noise, args, weight = setting(1.0)
+    args, seen = sac_eo.replace(args, imitate="actions"), []
+    error = (agent.actor(expert.obs, expert_noise)[0] - expert.action).square().sum(1).mean()
+    agent.actor_optimizer.step = seen.append
+    metrics = sac_eo.sac_update(agent, batch, batch.obs, noise, args, models, expert, expert_noise, weight)
+    torch.testing.assert_close(seen[0], list(torch.autograd.grad(error, list(agent.actor.parameters()))))
+    assert metrics["losses/imitation"].item() == pytest.approx(error.item())
+    stateful = without_actions(demos, tmp_path / "none.npz")
+    with pytest.raises(SystemExit):
+        run(sac_eo, [*argv_of(sac_eo), "--demos", stateful, "--imitate", "actions", "--run-dir", tmp_path / "never"])
+    assert "no array 'actions'" in capsys.readouterr().err
 
 
 def test_with_an_exact_model_the_policy_finds_the_experts_actions():
@@ -587,6 +602,8 @@ def test_disturbed_expert_states(script, flags, tmp_path, argv_of, demos, monkey
     (sac_eo, ["--eps-mode", "true-mse", "--delta-stat", "sum"], "--delta-stat sum: changes nothing"),
     (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--expert-noise-std", "1"], "--expert-noise-std 1.0: changes nothing"),
     (sac_eo, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
+    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--imitate", "actions"], "--imitate actions: changes nothing"),
+    (sac_eo, ["--preset", "paper", "--eps-mode", "fixed", "--beta", "50"], "--beta 50.0: changes nothing"),
     (bco_baseline, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
     (bco_baseline, ["--variant", "inverse", "--num-models", "1"], "--num-models 1: changes nothing"),
 ])  # fmt: skip
@@ -598,12 +615,18 @@ def test_refusals(script, argv, message, tmp_path, argv_of, capsys):
 
 @pytest.mark.parametrize("flags", [
     ["--eps-mode", "true-mse", "--num-models", "1"], ["--eps-mode", "fixed", "--eps-fixed", "1"], ["--delta-stat", "median", "--bf16"],
-    ["--mse-units", "normalised", "--expert-batch-size", "0"], ["--delta-stat", "sum", "--beta", "0.01"],
+    ["--mse-units", "raw", "--beta", "100", "--expert-batch-size", "0"], ["--delta-stat", "sum", "--beta", "0.01"],
+    ["--imitate", "actions", "--eps-mode", "fixed", "--eps-fixed", "0.5"],
 ])  # fmt: skip
 def test_every_experiment_flag_runs(flags, tmp_path, argv_of):
     run(sac_eo, [*argv_of(sac_eo), *flags, "--total-timesteps", "120", "--eval-every", "60", "--run-dir", tmp_path])
     last = rows(tmp_path)[-1]
     assert np.isfinite(float(last["losses/imitation"])) and 0 < float(last["losses/imitation_weight"]) <= 1
+
+
+def test_the_papers_preset_with_a_fixed_weight_is_no_contradiction():
+    for script, extra in ((sac_eo, ["--eps-mode", "fixed"]), (bco_baseline, ["--variant", "inverse"])):
+        script.check_args(script.parse_args(["--preset", "paper", *extra]))
 
 
 def test_a_compiled_step_agrees_with_the_eager_one():
