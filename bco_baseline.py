@@ -651,7 +651,7 @@ class DynamicsModels(nn.Module):
         super().__init__()
         self.net = StackedMLP(args.num_models, [obs_dim + act_dim, *args.model_hidden_sizes, obs_dim])
         self.log_std = nn.Parameter(torch.zeros(args.num_models, 1, obs_dim))
-        self.inputs, self.change = Normaliser(obs_dim), Normaliser(obs_dim)
+        self.inputs, self.change = Normaliser(obs_dim + act_dim), Normaliser(obs_dim)
         self.n, self.raw = args.num_models, args.mse_units == "raw"
         for layer, gain in [(layer, 2**0.5) for layer in self.net.hidden] + [(self.net.output, 0.01)]:
             for weight in layer.weight.detach():
@@ -659,20 +659,16 @@ class DynamicsModels(nn.Module):
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Mean next observation [models, batch, obs] at obs [models, batch, obs] and action [models, batch, act]."""
-        return obs + self.change.mean + self.change.std * self.standardised_change(obs, action)
-
-    def standardised_change(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Mean of (next_obs - obs - change.mean) / change.std [models, batch, obs], of the same inputs."""
-        return self.net(torch.cat([self.inputs(obs), action], -1))
+        return obs + self.change.mean + self.change.std * self.net(self.inputs(torch.cat([obs, action], -1)))
 
     def all(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """What each model predicts, [models, batch, obs], at the same obs [batch, obs] and action [batch, act]."""
         return self(*(x.expand(self.n, -1, -1) for x in (obs, action)))
 
-    def fit_normalisers(self, *sources: Batch) -> None:
-        """To the states of transitions [n, ...], each source counting the same."""
-        self.inputs.fit(*(source.obs for source in sources))
-        self.change.fit(*(source.next_obs - source.obs for source in sources))
+    def fit_normalisers(self, batch: Batch) -> None:
+        """To transitions [n, ...]."""
+        self.inputs.fit(torch.cat([batch.obs, batch.action], -1))
+        self.change.fit(batch.next_obs - batch.obs)
 
     def distance(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Squared distance [...] of observations [..., obs], summed over their dimensions."""
@@ -693,9 +689,9 @@ class InverseModel(nn.Module):
         """Action [batch, act] from obs and next_obs [batch, obs]."""
         return self.net(self.inputs(torch.cat([obs, next_obs - obs], -1))[None])[0].tanh()
 
-    def fit_normalisers(self, *sources: Batch) -> None:
-        """To the states of transitions [n, ...], each source counting the same."""
-        self.inputs.fit(*(torch.cat([source.obs, source.next_obs - source.obs], -1) for source in sources))
+    def fit_normalisers(self, batch: Batch) -> None:
+        """To transitions [n, ...]."""
+        self.inputs.fit(torch.cat([batch.obs, batch.next_obs - batch.obs], -1))
 
 
 # ---------------------------------------------------------------------------------------------- gradient steps
@@ -736,7 +732,7 @@ def model_update(models: DynamicsModels, optimizer: Adam, batch: Batch, args: Ar
     """One gradient step of each model on its own transitions, `batch` [models, batch, ...]: the Gaussian negative log-likelihood of the
     standardised change. Returns the mean over models."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
-        mean = models.standardised_change(batch.obs, batch.action)
+        mean = models.net(models.inputs(torch.cat([batch.obs, batch.action], -1)))
     log_std = models.log_std.clamp(-10, 2)
     error = (models.change(batch.next_obs - batch.obs) - mean) * (-log_std).exp()
     loss = (0.5 * error.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1).mean(1)
@@ -767,15 +763,10 @@ def compiled(function: Callable, args: Args) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------------- models
-def fit_models(
-    models: DynamicsModels, optimizer: Adam, update: Callable, buffer: ReplayBuffer, expert: Batch, args: Args, generator: torch.Generator
-) -> dict:
-    """Passes over the latest transitions, in an order of each model's own; incomplete minibatches are left out.
-
-    Half of what standardises the models' inputs and outputs are the states of `expert`: by the agent's alone, a running expert is at
-    first many standard deviations away, where a network says anything."""
+def fit_models(models: DynamicsModels, optimizer: Adam, update: Callable, buffer: ReplayBuffer, args: Args, generator) -> dict:
+    """Passes over the latest transitions, in an order of each model's own; incomplete minibatches are left out."""
     rows, batches, loss = buffer.newest(args.model_buffer_size), 0, torch.tensor(0.0)
-    models.fit_normalisers(buffer.split(rows), expert)
+    models.fit_normalisers(buffer.split(rows))
     for _ in range(args.model_epochs):
         order = torch.stack([torch.randperm(len(rows), generator=generator, device=rows.device) for _ in range(models.n)])
         for index in order[:, : len(rows) // args.model_batch_size * args.model_batch_size].split(args.model_batch_size, 1):
@@ -1134,7 +1125,7 @@ def train(args: Args) -> dict:
         log.add(log_std(actor, new.obs))
         if args.variant == "forward" and counters["updates"]:  # transitions that the models have not seen yet
             log.add(model_accuracy(models, new, "agent"))
-        log.add(fit_models(models, model_optimizer, update_models, buffer, all_expert, args, streams["model"]))
+        log.add(fit_models(models, model_optimizer, update_models, buffer, args, streams["model"]))
         known = torch.isfinite(clean.action).all()  # the expert's actions; nothing else reads them
         if args.variant == "forward":
             log.add(model_accuracy(models, random, "random"))

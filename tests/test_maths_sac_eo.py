@@ -335,18 +335,17 @@ def test_a_fit_learns_a_linear_system():
     models, args = models_and_args()
     assert not any(torch.equal(*layer.weight) for layer in (*models.net.hidden, models.net.output))  # the models start apart
     buffer, generator = filled(2_000), torch.Generator().manual_seed(0)
-    optimizer, distant = sac_eo.Adam(models.parameters(), 3e-3), transitions(6)._replace(obs=torch.full((6, 3), 5.0))
+    optimizer = sac_eo.Adam(models.parameters(), 3e-3)
     for _ in range(4):
-        sac_eo.fit_models(models, optimizer, sac_eo.model_update, buffer, distant, args, generator)
+        sac_eo.fit_models(models, optimizer, sac_eo.model_update, buffer, args, generator)
     test = buffer.split(filled(500, 1).rows)
     accuracy = sac_eo.model_accuracy(models, test, "test")
     error = models.distance(models.all(test.obs, test.action), test.next_obs).mean()
     share = error / (test.next_obs - test.obs).square().sum(-1).mean()
     known = buffer.split(buffer.rows)
-    changes = known.next_obs - known.obs, distant.next_obs - distant.obs
-    for normaliser, (a, b) in ((models.inputs, (known.obs, distant.obs)), (models.change, changes)):
-        torch.testing.assert_close(normaliser.mean, mean := (a.mean(0) + b.mean(0)) / 2)  # the few count as much as the many
-        torch.testing.assert_close(normaliser.std, (((a - mean) ** 2).mean(0) / 2 + ((b - mean) ** 2).mean(0) / 2).sqrt())
+    for normaliser, x in ((models.inputs, torch.cat([known.obs, known.action], 1)), (models.change, known.next_obs - known.obs)):
+        torch.testing.assert_close(normaliser.mean, x.mean(0))
+        torch.testing.assert_close(normaliser.std, x.std(0, correction=0))
     assert accuracy["model/error_test"].item() == pytest.approx(share.item(), rel=1e-4) and share < 0.01
 
 
@@ -359,7 +358,7 @@ def test_a_fit_has_so_many_minibatches(n, most, batches):
         drawn.append(batch.obs)
         return torch.tensor(0.0)
 
-    metrics = sac_eo.fit_models(models, None, update, filled(n), transitions(), args, torch.Generator().manual_seed(0))
+    metrics = sac_eo.fit_models(models, None, update, filled(n), args, torch.Generator().manual_seed(0))
     assert metrics["model/batches"] == len(drawn) == batches and drawn[0].shape == (2, 200, 3)
     if batches == 250:  # the first epoch has each row once, in an order of each model's own
         epoch = torch.cat(drawn[:25], 1)
@@ -371,9 +370,7 @@ def test_a_fit_has_so_many_minibatches(n, most, batches):
 def test_models_learn_from_the_latest_transitions_only():
     models, args = models_and_args(model_buffer_size=400, model_epochs=1)
     buffer, drawn = filled(1_000), []
-    sac_eo.fit_models(
-        models, None, lambda *a: [drawn.append(a[2].obs), torch.tensor(0.0)][1], buffer, transitions(), args, torch.Generator()
-    )
+    sac_eo.fit_models(models, None, lambda *a: [drawn.append(a[2].obs), torch.tensor(0.0)][1], buffer, args, torch.Generator())
     latest = {tuple(row) for row in buffer.rows[-400:, :3].tolist()}
     assert {tuple(row) for row in torch.cat(drawn, 1)[0].tolist()} == latest
 
@@ -421,7 +418,7 @@ def test_the_inverse_model_learns_which_action_it_was():
     model = bco_baseline.InverseModel(3, 2, args)
     optimizer, buffer, generator = bco_baseline.Adam(model.parameters(), 3e-3), filled(2_000), torch.Generator().manual_seed(0)
     for _ in range(4):
-        bco_baseline.fit_models(model, optimizer, bco_baseline.inverse_update, buffer, transitions(), args, generator)
+        bco_baseline.fit_models(model, optimizer, bco_baseline.inverse_update, buffer, args, generator)
     test = buffer.split(filled(500, 1).rows)
     assert (model(test.obs, test.next_obs) - test.action).square().mean() < 0.003
 
@@ -558,7 +555,7 @@ def test_the_optimisers_memory_outlives_a_fit():
     models, args = models_and_args(model_max_batches=7)
     optimizer, generator = sac_eo.Adam(models.parameters(), 1e-3), torch.Generator().manual_seed(0)
     for fits in (1, 2, 3):
-        sac_eo.fit_models(models, optimizer, sac_eo.model_update, filled(500), transitions(), args, generator)
+        sac_eo.fit_models(models, optimizer, sac_eo.model_update, filled(500), args, generator)
         assert optimizer.steps == 7 * fits
 
 
