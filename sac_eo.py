@@ -164,7 +164,7 @@ class Args:
     eps_mode: Literal["adaptive", "true-mse", "fixed"] = "adaptive"
     """weight of the imitation term: 1 / (1 + beta d), where d is the models' disagreement at the expert's states, or half their mean
     squared error there with the policy's actions; or constant"""
-    beta: float = 1.0
+    beta: float = 10.0
     """how fast the weight falls with d (paper, in raw units: tuned among 50, 100, 200)"""
     eps_fixed: float = 0.01
     """the weight in the mode fixed"""

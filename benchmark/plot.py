@@ -32,9 +32,10 @@ SHARES = {"sac_eo": (0.5, 0.8, 0.9)}  # when each was first reached; others: 90%
 EXPERIMENTS = {
     "sac_eo": {
         "the weight": ("sac-eo", "eps-0.1", "eps-0.01", "eps-0.001", "sac"),
-        "beta": ("beta-10", "beta-50", "sac-eo", "beta-200"),
-        "one model or two, weight 0.01": ("eps-0.01", "one-model"),
+        "beta": ("beta-1", "sac-eo", "beta-100", "raw-beta-10", "raw-beta-50", "raw-beta-100", "raw-beta-200"),
+        "one model or two, weight 0.1": ("eps-0.1", "one-model"),
         "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "noise-1-all", "shuffled", "sac"),
+        "models or the truth": ("sac-eo", "true-actions", "sac"),
     }
 }
 BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods

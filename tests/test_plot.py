@@ -70,7 +70,7 @@ def test_seeds_that_know_no_expert_are_held_to_the_environments(file_result):
 def test_a_sibling_is_compared_with_its_methods_and_other_scripts_are_beside(file_result):
     file_result("sac_eo", "default", "Toy-v0", 1, [60, 85, 95])
     file_result("sac_eo", "sac", "Toy-v0", 1, [10, 60, 85], expert=float("nan"))  # SAC knows no expert
-    file_result("sac_eo", "beta-10", "Toy-v0", 1, [60, 85])  # an experiment: not a method, and its steps do not count
+    file_result("sac_eo", "beta-100", "Toy-v0", 1, [60, 85])  # an experiment: not a method, and its steps do not count
     file_result("bco_baseline", "forward", "Toy-v0", 1, [20, 30, 40])
     file_result("hype", "hype", "Toy-v0", 1, [95, 95])
     file_result("hype", "bc", "Toy-v0", 1, [70, 80], count="updates")
@@ -80,23 +80,23 @@ def test_a_sibling_is_compared_with_its_methods_and_other_scripts_are_beside(fil
     assert cells(table, "Toy-v0", "30", "bco-forward")[3:] == ["expert's states", "1", "30%", "30%", "-", "-", "-"]
     assert cells(table, "Toy-v0", "20", "hype")[3:] == ["expert's states and actions", "1", "95%", "95%", "10", "10", "10"]
     assert cells(table, "Toy-v0", "0", "bc")[3:] == ["expert's states and actions", "1", "-", "80% (its last one)", "-", "-", "-"]
-    assert "beta-10" not in table
+    assert "beta-100" not in table
 
 
 def test_picture_of_the_experiments(file_result, monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(plot.plt, "close", lambda figure: drawn.append(figure))
     more = {f"model/{what}_{where}": ["", 0.5, 0.4] for what in ("error", "rank_correlation") for where in ("expert", "agent", "random")}
-    for variant, weight in (("default", 0.2), ("beta-10", 0.7)):
+    for variant, weight in (("default", 0.2), ("beta-100", 0.7)):
         file_result("sac_eo", variant, "Toy-v0", 1, [60, 85, 95], **more, **{"losses/imitation_weight": ["", weight, weight]})
     file_result("sac_eo", "sac", "Toy-v0", 1, [60, 85, 95])  # has no weight
     plot.experiment_picture("sac_eo")
     assert (tmp_path / "docs" / "sac_eo_experiments.png").exists()
     axes = drawn[0].axes
-    assert len(axes) == 10 and [ax.get_title() for ax in axes[:2]] == ["Toy-v0: the weight", "Toy-v0: beta"]
+    assert len(axes) == 12 and [ax.get_title() for ax in axes[:2]] == ["Toy-v0: the weight", "Toy-v0: beta"]
     labels = [[line.get_label() for line in ax.get_lines()][:2] for ax in axes[:2]]
-    assert labels == [["sac-eo, 1 seed", "sac, 1 seed"], ["beta-10, 1 seed", "sac-eo, 1 seed"]]
-    below = axes[6].get_lines()[0]  # beta-10's weight, without the evaluation before the first one
+    assert labels == [["sac-eo, 1 seed", "sac, 1 seed"], ["sac-eo, 1 seed", "beta-100, 1 seed"]]
+    below = axes[7].get_lines()[1]  # beta-100's weight, without the evaluation before the first one
     assert below.get_xdata().tolist() == [0.02, 0.03] and below.get_ydata().tolist() == [0.7, 0.7]
 
 
