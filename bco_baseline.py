@@ -25,7 +25,7 @@ to the next, and clones the actions that it names for the expert's transitions. 
     python bco_baseline.py --env-id Hopper-v4
     python bco_baseline.py --env-id Hopper-v4 --variant inverse
 
-What to expect, after how many steps, in how many minutes: docs/sac_eo.md. --help shows the defaults of the --env-id and
+What to expect, after how many steps, in how many minutes: docs/bco_baseline.md. --help shows the defaults of the --env-id and
 --preset that stand beside it.
 """
 
