@@ -240,9 +240,9 @@ def test_imitating_actions_clones_them_and_needs_them(tmp_path, argv_of, demos, 
     metrics = sac_eo.sac_update(agent, batch, batch.obs, noise, args, models, expert, expert_noise, weight)
     torch.testing.assert_close(seen[0], list(torch.autograd.grad(error, list(agent.actor.parameters()))))
     assert metrics["losses/imitation"].item() == pytest.approx(error.item())
-    stateful = without_actions(demos, tmp_path / "none.npz")
+    file = without_actions(demos, tmp_path / "none.npz")
     with pytest.raises(SystemExit):
-        run(sac_eo, [*argv_of(sac_eo), "--demos", stateful, "--imitate", "actions", "--run-dir", tmp_path / "never"])
+        run(sac_eo, [*argv_of(sac_eo), "--demos", file, "--imitate", "actions", "--run-dir", tmp_path / "never"])
     assert "no array 'actions'" in capsys.readouterr().err
 
 
