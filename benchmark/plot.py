@@ -228,12 +228,12 @@ def comparison(script: str) -> str:
     lines.append(["---"] * len(lines[0]))
     for env_id in dict.fromkeys(env_id for env_id, _ in found):
         methods = {variant: value for (env, variant), value in found.items() if env == env_id}
-        if len(methods) < 2 or not all(np.isfinite(expert) for *_, expert, _ in methods.values()):
-            continue
         end, rows = min(steps[-1] for steps, *_ in methods.values()), []
         for other, variant, name in BESIDE.get(script, ()):
             if (env_id, variant) in runs(other):
                 methods[name] = curve(runs(other)[env_id, variant])
+        if len(methods) < 2 or not all(np.isfinite(expert) for *_, expert, _ in methods.values()):
+            continue
         for variant, (steps, returns, expert, _) in methods.items():
             cloning = variant == "bc"
             share = returns[:, steps <= (steps[-1] if cloning else end)] / expert
