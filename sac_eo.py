@@ -114,6 +114,9 @@ class Args:
     # Policy
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of the hidden layers of actor and critics"""
+    normalise_obs: bool = True
+    """actor and critics see standardised observations, by the expert's and the first random ones; not with weight 0, which is sac.py
+    (not in the paper)"""
     critic_layer_norm: bool = False
     """normalise the critics' hidden layers, which calms them at many updates a step (not in the paper)"""
     batch_size: int = 256
@@ -202,7 +205,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "paper": {
         "*": dict(
             total_timesteps=1_000_000, actor_lr=1e-4, critic_lr=3e-4, alpha_lr=1e-4, alpha=0.1, gamma=0.995, model_hidden_sizes=(512, 512),
-            model_max_batches=100_000, beta=100.0, mse_units="raw", eval_every=10_000, eval_episodes=10,
+            normalise_obs=False, model_max_batches=100_000, beta=100.0, mse_units="raw", eval_every=10_000, eval_episodes=10,
         )
     },
 }  # fmt: skip
@@ -287,7 +290,7 @@ def check_args(args: Args) -> None:
     imitates = args.eps_mode != "fixed" or args.eps_fixed > 0
     idle = {"adaptive": ["eps_fixed"], "true-mse": ["eps_fixed", "delta_stat"], "fixed": ["beta", "delta_stat"]}[args.eps_mode]
     if not imitates:
-        idle += "imitate expert_noise_std expert_noise_target expert_shuffle num_models mse_units expert_batch_size".split()
+        idle += "normalise_obs imitate expert_noise_std expert_noise_target expert_shuffle num_models mse_units expert_batch_size".split()
     idle += [] if args.expert_noise_std else ["expert_noise_target"]
     usual = replace(Args(), **PRESETS[args.preset].get("*", {}))
     for name in idle:
@@ -1225,6 +1228,9 @@ def train(args: Args) -> dict:
         """At the start of each 1,000 steps: the models, then the weight, which stays until the next time."""
         if counters["updates"]:  # transitions that the models have not seen yet
             log.add(model_accuracy(models, buffer.split(buffer.newest(args.model_every)), "agent"))
+        elif args.normalise_obs:
+            for network in (agent.actor, agent.critic, agent.target_critic):
+                network.normalise.fit(all_expert.obs, buffer.split(buffer.newest(args.learning_starts)).obs)
         log.add(log_std(agent.actor, buffer.split(buffer.newest(args.model_every)).obs))
         log.add(fit_models(models, model_optimizer, update_models, buffer, args, streams["model"]))
         log.add(model_accuracy(models, random, "random"))

@@ -662,3 +662,25 @@ def test_all_learn_the_point_mass(tmp_path, demos):
         "1500",
     ]
     assert run(sac_eo, [*common, *flags, "--actor-lr", "1e-3", "--run-dir", tmp_path / "sac_eo"])["eval_return_mean"] > 45
+
+
+def test_networks_see_observations_standardised_by_expert_and_first_random_ones(tmp_path, argv_of, demos):
+    """Both count the same; what the policy sees in an evaluation is standardised alike."""
+    for script, networks in ((sac_eo, ("agent.actor", "agent.critic", "agent.target_critic")), (bco_baseline, ("actor",))):
+        argv = [*argv_of(script), "--demos", demos, "--learning-starts", "60", "--total-timesteps", "62"]
+        run(script, [*argv, "--run-dir", tmp_path / script.__name__])
+        parts = torch.load(tmp_path / script.__name__ / "checkpoint.pt", weights_only=True)["parts"]
+        theirs = torch.as_tensor(np.load(demos)["observations"]).double()
+        mine = parts["buffer"]["rows"][:60, : theirs.shape[1]].double()
+        mean = (mine.mean(0) + theirs.mean(0)) / 2
+        std = (((mine - mean).square().mean(0) + (theirs - mean).square().mean(0)) / 2).sqrt()
+        for network in networks:
+            part, _, prefix = network.partition(".")
+            state = {name.removeprefix(prefix + "."): value for name, value in parts[part].items()}
+            torch.testing.assert_close(state["normalise.mean"].double(), mean, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(state["normalise.std"].double(), std, rtol=1e-5, atol=1e-6)
+        policy = torch.load(tmp_path / script.__name__ / "policy.pt", weights_only=True)["actor"]
+        torch.testing.assert_close(policy["normalise.mean"].double(), mean, rtol=1e-5, atol=1e-6)
+        run(script, [*argv, "--no-normalise-obs", "--run-dir", tmp_path / f"{script.__name__}-raw"])
+        policy = torch.load(tmp_path / f"{script.__name__}-raw" / "policy.pt", weights_only=True)["actor"]
+        assert not policy["normalise.mean"].any() and (policy["normalise.std"] == 1).all()
