@@ -36,6 +36,8 @@ EXPERIMENTS = {
         "one model or two, weight 0.1": ("eps-0.1", "one-model"),
         "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "noise-1-all", "shuffled", "sac"),
         "models or the truth": ("sac-eo", "true-actions", "sac"),
+        "standardised observations": ("sac-eo", "no-normalise-obs", "sac-normalised", "sac", "bco-forward", "bco-no-normalise-obs"),
+        "without them": ("no-normalise-obs", *(f"no-normalise-obs-{name}" for name in ("eps-0.1", "noise-1", "true-actions"))),
     }
 }
 BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods
@@ -307,11 +309,13 @@ def experiment_picture(script: str) -> None:
     if not envs or not max(counts.values()):
         return
     of = max(envs, key=lambda env_id: counts[env_id])
-    columns = len(EXPERIMENTS[script]) + len(envs)
+    shown = {title: [v for v in variants if (of, v) in results] for title, variants in EXPERIMENTS[script].items()}
+    shown = {title: variants for title, variants in shown.items() if len(variants) > 1 and set(variants) & experiments(script)}
+    columns = len(shown) + len(envs)
     figure, axes = plt.subplots(2, columns, figsize=(3.9 * columns, 6.4), squeeze=False, layout="constrained")
     expert = curve(results[of, "sac-eo"])[2]
-    for (above, below), (title, variants) in zip(axes.T, EXPERIMENTS[script].items(), strict=False):
-        for variant in (variant for variant in variants if (of, variant) in results):
+    for (above, below), (title, variants) in zip(axes.T, shown.items(), strict=False):
+        for variant in variants:
             paths = results[of, variant]
             steps, returns, *_ = curve(paths)
             label = f"{variant}, {len(paths)} seed{'s' * (len(paths) > 1)}"
@@ -324,7 +328,7 @@ def experiment_picture(script: str) -> None:
         above.set(title=f"{of}: {title}", ylabel="return / expert's")
         above.legend(fontsize=6)
         below.set(xlabel="thousand env steps", ylabel="imitation's weight", yscale="log")
-    for (above, below), env_id in zip(axes.T[len(EXPERIMENTS[script]) :], envs, strict=True):
+    for (above, below), env_id in zip(axes.T[len(shown) :], envs, strict=True):
         for where in ("expert", "agent", "random"):
             for ax, column in ((above, f"model/error_{where}"), (below, f"model/rank_correlation_{where}")):
                 steps, values, *_ = curve(results[env_id, "sac-eo"], column)

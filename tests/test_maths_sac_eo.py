@@ -603,6 +603,7 @@ def test_disturbed_expert_states(script, flags, tmp_path, argv_of, demos, monkey
     (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--expert-noise-std", "1"], "--expert-noise-std 1.0: changes nothing"),
     (sac_eo, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
     (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--imitate", "actions"], "--imitate actions: changes nothing"),
+    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--no-normalise-obs"], "--normalise-obs False: changes nothing"),
     (sac_eo, ["--preset", "paper", "--eps-mode", "fixed", "--beta", "50"], "--beta 50.0: changes nothing"),
     (bco_baseline, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
     (bco_baseline, ["--variant", "inverse", "--num-models", "1"], "--num-models 1: changes nothing"),
