@@ -31,18 +31,23 @@ TOGETHER = {"sac_eo": ("sac_eo", "bco_baseline")}  # scripts of one page
 SHARES = {"sac_eo": (0.5, 0.8, 0.9)}  # when each was first reached; others: 90%
 EXPERIMENTS = {
     "sac_eo": {
-        "the weight": ("sac-eo", "eps-0.1", "eps-0.01", "eps-0.001", "sac"),
+        "the weight": ("sac-eo", "eps-0.1", "eps-0.01", "eps-0.001", "sac-normalised"),
         "beta": ("beta-1", "sac-eo", "beta-100", "raw-beta-10", "raw-beta-50", "raw-beta-100", "raw-beta-200"),
         "one model or two, weight 0.1": ("eps-0.1", "one-model"),
-        "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "noise-1-all", "shuffled", "sac"),
-        "models or the truth": ("sac-eo", "true-actions", "sac"),
+        "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "noise-1-all", "shuffled", "sac-normalised"),
+        "models or the truth": ("sac-eo", "true-actions", "sac-normalised"),
         "standardised observations": ("sac-eo", "no-normalise-obs", "sac-normalised", "sac", "bco-forward", "bco-no-normalise-obs"),
-        "without them": ("no-normalise-obs", *(f"no-normalise-obs-{name}" for name in ("eps-0.1", "noise-1", "true-actions"))),
+        "observations as given": (
+            "no-normalise-obs",
+            *(f"no-normalise-obs-{name}" for name in ("eps-0.1", "noise-1", "true-actions")),
+            "sac",
+        ),
     }
 }
 BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods
 SEES = {
     "sac": "reward",
+    "sac-normalised": "reward; expert's states for its scale",
     "sac-eo": "reward, expert's states",
     "bco-forward": "expert's states",
     "bco-inverse": "expert's states",
@@ -301,20 +306,22 @@ def picture(script: str) -> None:
 
 
 def experiment_picture(script: str) -> None:
-    """One column for each experiment, on the environment that has most of them: returns above, the imitation's weight below. Then, for each
+    """One column for each environment and experiment: returns above, the imitation's weight below. Then, for each
     environment, how far the dynamics models can be relied on: their error above, its rank correlation with their disagreement below."""
     results = runs(script)
     envs = list(dict.fromkeys(env_id for env_id, variant in results if variant == "sac-eo"))
-    counts = {env_id: len([key for key in results if key[0] == env_id and key[1] in experiments(script)]) for env_id in envs}
-    if not envs or not max(counts.values()):
+    shown = {}
+    for of in dict.fromkeys(env_id for env_id, _ in results):
+        for title, variants in EXPERIMENTS[script].items():
+            there = [variant for variant in variants if (of, variant) in results]
+            if len(there) > 1 and set(there) & experiments(script):
+                shown[of, title] = there
+    if not shown:
         return
-    of = max(envs, key=lambda env_id: counts[env_id])
-    shown = {title: [v for v in variants if (of, v) in results] for title, variants in EXPERIMENTS[script].items()}
-    shown = {title: variants for title, variants in shown.items() if len(variants) > 1 and set(variants) & experiments(script)}
     columns = len(shown) + len(envs)
     figure, axes = plt.subplots(2, columns, figsize=(3.9 * columns, 6.4), squeeze=False, layout="constrained")
-    expert = curve(results[of, "sac-eo"])[2]
-    for (above, below), (title, variants) in zip(axes.T, shown.items(), strict=False):
+    for (above, below), ((of, title), variants) in zip(axes.T, shown.items(), strict=False):
+        expert = curve(results[of, variants[0]])[2]
         for variant in variants:
             paths = results[of, variant]
             steps, returns, *_ = curve(paths)
@@ -322,7 +329,7 @@ def experiment_picture(script: str) -> None:
             (line,) = above.plot(steps / 1_000, returns.mean(0) / expert, label=label)
             above.fill_between(steps / 1_000, returns.min(0) / expert, returns.max(0) / expert, alpha=0.15, color=line.get_color(), lw=0)
             weights = curve(paths, "losses/imitation_weight")[1]
-            seen = np.isfinite(weights).all(0) & (weights > 0).all(0)
+            seen = np.isfinite(weights).all(0) & (weights > 1e-6).all(0)
             below.plot(steps[seen] / 1_000, weights[:, seen].mean(0), color=line.get_color())
         above.axhline(1, color="grey", lw=0.8)
         above.set(title=f"{of}: {title}", ylabel="return / expert's")
