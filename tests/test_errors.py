@@ -1,5 +1,6 @@
 """Wrong input: one line on stderr, exit code 2, no traceback, no run folder."""
 
+import json
 import subprocess
 import sys
 import traceback
@@ -149,6 +150,14 @@ def test_changed_argument_on_resume(finished, capsys, tmp_path):
 def test_a_run_is_not_shortened(finished, capsys, tmp_path):
     line = complaint(sac, ["--resume", str(finished), "--total-timesteps", "70"], capsys, tmp_path)
     assert "--total-timesteps was 80 and cannot become 70" in line
+
+
+def test_resume_of_a_run_that_lacks_a_setting(finished, capsys, tmp_path):
+    """Of an older version of the script: today's default need not be what it ran with."""
+    about = json.loads((finished / "args.json").read_text())
+    del about["args"]["optimistic"]
+    (finished / "args.json").write_text(json.dumps(about))
+    assert "not a run folder of sac.py ('optimistic')" in complaint(sac, ["--resume", str(finished)], capsys, tmp_path)
 
 
 def test_resume_of_a_run_without_a_checkpoint(finished, capsys, tmp_path):
