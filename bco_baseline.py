@@ -114,8 +114,8 @@ class Args:
     # Policy
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of the actor's hidden layers"""
-    normalise_obs: bool = True
-    """the actor sees standardised observations, by the expert's and the first random ones (not in the paper)"""
+    normalise_obs: bool = False
+    """the actor sees standardised observations, by the expert's and the first random ones (an experiment)"""
     actor_lr: float = 3e-4
     """Adam step size of the actor (official: 1e-4)"""
 
@@ -167,8 +167,8 @@ PRESETS: dict[str, dict[str, dict]] = {
     "default": {},
     "paper": {
         "*": dict(
-            total_timesteps=1_000_000, actor_lr=1e-4, normalise_obs=False, model_hidden_sizes=(512, 512), model_max_batches=100_000,
-            mse_units="raw", eval_every=10_000, eval_episodes=10,
+            total_timesteps=1_000_000, actor_lr=1e-4, model_hidden_sizes=(512, 512), model_max_batches=100_000, mse_units="raw",
+            eval_every=10_000, eval_episodes=10,
         )
     },
 }  # fmt: skip

@@ -114,9 +114,8 @@ class Args:
     # Policy
     hidden_sizes: tuple[int, ...] = (256, 256)
     """widths of the hidden layers of actor and critics"""
-    normalise_obs: bool = True
-    """actor and critics see standardised observations, by the expert's and the first random ones; not with weight 0, which is sac.py
-    (not in the paper)"""
+    normalise_obs: bool = False
+    """actor and critics see standardised observations, by the expert's and the first random ones (an experiment)"""
     critic_layer_norm: bool = False
     """normalise the critics' hidden layers, which calms them at many updates a step (not in the paper)"""
     batch_size: int = 256
@@ -205,7 +204,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "paper": {
         "*": dict(
             total_timesteps=1_000_000, actor_lr=1e-4, critic_lr=3e-4, alpha_lr=1e-4, alpha=0.1, gamma=0.995, model_hidden_sizes=(512, 512),
-            normalise_obs=False, model_max_batches=100_000, beta=100.0, mse_units="raw", eval_every=10_000, eval_episodes=10,
+            model_max_batches=100_000, beta=100.0, mse_units="raw", eval_every=10_000, eval_episodes=10,
         )
     },
 }  # fmt: skip

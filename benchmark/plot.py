@@ -31,23 +31,17 @@ TOGETHER = {"sac_eo": ("sac_eo", "bco_baseline")}  # scripts of one page
 SHARES = {"sac_eo": (0.5, 0.8, 0.9)}  # when each was first reached; others: 90%
 EXPERIMENTS = {
     "sac_eo": {
-        "the weight": ("sac-eo", "eps-0.1", "eps-0.01", "eps-0.001", "sac-normalised"),
+        "the weight": ("sac-eo", "eps-0.1", "eps-0.01", "eps-0.001", "sac"),
         "beta": ("beta-1", "sac-eo", "beta-100", "raw-beta-10", "raw-beta-50", "raw-beta-100", "raw-beta-200"),
         "one model or two, weight 0.1": ("eps-0.1", "one-model"),
-        "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "noise-1-all", "shuffled", "sac-normalised"),
-        "models or the truth": ("sac-eo", "true-actions", "sac-normalised"),
-        "standardised observations": ("sac-eo", "no-normalise-obs", "sac-normalised", "sac", "bco-forward", "bco-no-normalise-obs"),
-        "observations as given": (
-            "no-normalise-obs",
-            *(f"no-normalise-obs-{name}" for name in ("eps-0.1", "noise-1", "true-actions")),
-            "sac",
-        ),
+        "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "noise-1-all", "shuffled", "sac"),
+        "models or the truth": ("sac-eo", "true-actions", "sac"),
+        "standardised observations": ("sac-eo", "normalise-obs", "sac", "sac-normalise-obs", "bco-forward", "bco-normalise-obs"),
     }
 }
 BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods
 SEES = {
     "sac": "reward",
-    "sac-normalised": "reward; expert's states for its scale",
     "sac-eo": "reward, expert's states",
     "bco-forward": "expert's states",
     "bco-inverse": "expert's states",

@@ -603,7 +603,7 @@ def test_disturbed_expert_states(script, flags, tmp_path, argv_of, demos, monkey
     (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--expert-noise-std", "1"], "--expert-noise-std 1.0: changes nothing"),
     (sac_eo, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
     (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--imitate", "actions"], "--imitate actions: changes nothing"),
-    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--no-normalise-obs"], "--normalise-obs False: changes nothing"),
+    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--normalise-obs"], "--normalise-obs True: changes nothing"),
     (sac_eo, ["--preset", "paper", "--eps-mode", "fixed", "--beta", "50"], "--beta 50.0: changes nothing"),
     (bco_baseline, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
     (bco_baseline, ["--variant", "inverse", "--num-models", "1"], "--num-models 1: changes nothing"),
@@ -669,7 +669,7 @@ def test_networks_see_observations_standardised_by_expert_and_first_random_ones(
     """Both count the same; what the policy sees in an evaluation is standardised alike."""
     for script, networks in ((sac_eo, ("agent.actor", "agent.critic", "agent.target_critic")), (bco_baseline, ("actor",))):
         argv = [*argv_of(script), "--demos", demos, "--learning-starts", "60", "--total-timesteps", "62"]
-        run(script, [*argv, "--run-dir", tmp_path / script.__name__])
+        run(script, [*argv, "--normalise-obs", "--run-dir", tmp_path / script.__name__])
         parts = torch.load(tmp_path / script.__name__ / "checkpoint.pt", weights_only=True)["parts"]
         theirs = torch.as_tensor(np.load(demos)["observations"]).double()
         mine = parts["buffer"]["rows"][:60, : theirs.shape[1]].double()
@@ -682,6 +682,6 @@ def test_networks_see_observations_standardised_by_expert_and_first_random_ones(
             torch.testing.assert_close(state["normalise.std"].double(), std, rtol=1e-5, atol=1e-6)
         policy = torch.load(tmp_path / script.__name__ / "policy.pt", weights_only=True)["actor"]
         torch.testing.assert_close(policy["normalise.mean"].double(), mean, rtol=1e-5, atol=1e-6)
-        run(script, [*argv, "--no-normalise-obs", "--run-dir", tmp_path / f"{script.__name__}-raw"])
+        run(script, [*argv, "--run-dir", tmp_path / f"{script.__name__}-raw"])
         policy = torch.load(tmp_path / f"{script.__name__}-raw" / "policy.pt", weights_only=True)["actor"]
         assert not policy["normalise.mean"].any() and (policy["normalise.std"] == 1).all()
