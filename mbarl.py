@@ -321,7 +321,7 @@ def parse_args(argv: list[str]) -> Args:
             if about["script"] != SCRIPT:
                 fail(f"--resume {args.resume}: a run of {about['script']}, not of {SCRIPT}")
             if missing := asdict(Args()).keys() - saved.keys():  # of an older version, whose value nobody knows
-                raise KeyError(*missing)
+                raise KeyError(*sorted(missing))
             saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         except (OSError, ValueError, TypeError, KeyError) as error:
             fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({error})")
