@@ -300,8 +300,9 @@ def picture(script: str) -> None:
 
 
 def experiment_picture(script: str) -> None:
-    """One column for each environment and experiment: returns above, the imitation's weight below. Then, for each
-    environment, how far the dynamics models can be relied on: their error above, its rank correlation with their disagreement below."""
+    """For each environment and experiment two panels, returns above and the imitation's weight below. Then, for each
+    environment, how far the dynamics models can be relied on: their error above, its rank correlation with their disagreement below.
+    Four such pairs to a line."""
     results = runs(script)
     envs = list(dict.fromkeys(env_id for env_id, variant in results if variant == "sac-eo"))
     shown = {}
@@ -312,9 +313,13 @@ def experiment_picture(script: str) -> None:
                 shown[of, title] = there
     if not shown:
         return
-    columns = len(shown) + len(envs)
-    figure, axes = plt.subplots(2, columns, figsize=(3.9 * columns, 6.4), squeeze=False, layout="constrained")
-    for (above, below), ((of, title), variants) in zip(axes.T, shown.items(), strict=False):
+    across = 4
+    down = -(-(len(shown) + len(envs)) // across)
+    figure, axes = plt.subplots(2 * down, across, figsize=(3.9 * across, 6.0 * down), squeeze=False, layout="constrained")
+    pairs = axes.reshape(down, 2, across).transpose(0, 2, 1).reshape(-1, 2)
+    for ax in pairs[len(shown) + len(envs) :].flat:
+        ax.set_axis_off()
+    for (above, below), ((of, title), variants) in zip(pairs, shown.items(), strict=False):
         expert = curve(results[of, variants[0]])[2]
         for variant in variants:
             paths = results[of, variant]
@@ -330,7 +335,7 @@ def experiment_picture(script: str) -> None:
         above.set_title(f"{of}: {title}", fontsize=8)
         above.legend(fontsize=6)
         below.set(xlabel="thousand env steps", ylabel="imitation's weight", yscale="log")
-    for (above, below), env_id in zip(axes.T[len(shown) :], envs, strict=True):
+    for (above, below), env_id in zip(pairs[len(shown) :], envs, strict=False):
         for where in ("expert", "agent", "random"):
             for ax, column in ((above, f"model/error_{where}"), (below, f"model/rank_correlation_{where}")):
                 steps, values, *_ = curve(results[env_id, "sac-eo"], column)
