@@ -302,7 +302,7 @@ def picture(script: str) -> None:
 def experiment_picture(script: str) -> None:
     """For each environment and experiment two panels, returns above and the imitation's weight below. Then, for each
     environment, how far the dynamics models can be relied on: their error above, its rank correlation with their disagreement below.
-    Four such pairs to a line."""
+    At most four such pairs to a line."""
     results = runs(script)
     envs = list(dict.fromkeys(env_id for env_id, variant in results if variant == "sac-eo"))
     shown = {}
@@ -313,7 +313,7 @@ def experiment_picture(script: str) -> None:
                 shown[of, title] = there
     if not shown:
         return
-    across = 4
+    across = min(4, len(shown) + len(envs))
     down = -(-(len(shown) + len(envs)) // across)
     figure, axes = plt.subplots(2 * down, across, figsize=(3.9 * across, 6.0 * down), squeeze=False, layout="constrained")
     pairs = axes.reshape(down, 2, across).transpose(0, 2, 1).reshape(-1, 2)

@@ -97,6 +97,13 @@ def test_picture_of_the_experiments(file_result, monkeypatch, tmp_path):
     assert [line.get_label() for line in axes[0].get_lines()][:2] == ["sac-eo, 1 seed", "beta-100, 1 seed"]
     below = axes[2].get_lines()[1]  # beta-100's weight, without the evaluation before the first one
     assert below.get_xdata().tolist() == [0.02, 0.03] and below.get_ydata().tolist() == [0.7, 0.7]
+    for i in range(2):
+        file_result("sac_eo", "default", f"Other-v{i}", 1, [60, 85, 95], **more)
+        file_result("sac_eo", "beta-100", f"Other-v{i}", 1, [60, 85, 95], **more)
+    plot.experiment_picture("sac_eo")
+    titles = [ax.get_title() for ax in drawn[1].axes]  # three experiments and three environments' models: four pairs, then two
+    assert [title.partition(": ")[2] for title in titles[:4] + titles[8:10]] == ["beta"] * 3 + ["the models"] * 3
+    assert len(titles) == 16 and not any(titles[4:8] + titles[10:])
 
 
 def test_offline_scores_at_the_end_and_over_the_last_third(file_result, tmp_path):
