@@ -149,6 +149,8 @@ class Args:
     """record not the final actor but the first one whose evaluation went this share of the way from first to last return"""
     record_sampled: bool = False
     """record sampled actions instead of the mean ones, and every episode however it ends: offline data rather than demonstrations"""
+    record_min_return: float | None = None
+    """record only episodes of at least this return, of an expert that fails from some starts; the file tells the share dropped"""
 
 
 # Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
@@ -230,7 +232,7 @@ def check_args(args: Args) -> None:
                 fail(f"{flag} must be positive, got {value}")
             if name in FRACTIONS and not 0 <= number <= 1:
                 fail(f"{flag} must be between 0 and 1, got {value}")
-            if number < 0 and name != "target_entropy":
+            if number < 0 and name not in ("target_entropy", "record_min_return"):
                 fail(f"{flag} must not be negative, got {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no GPU that torch can use; take --device cpu")
@@ -240,6 +242,8 @@ def check_args(args: Args) -> None:
         fail("--record-level goes with --record-demos PATH")
     if args.record_sampled and not args.record_demos:
         fail("--record-sampled goes with --record-demos PATH")
+    if args.record_min_return is not None and not args.record_demos:
+        fail("--record-min-return goes with --record-demos PATH")
     if args.total_timesteps <= args.learning_starts and not args.eval_only:
         fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.learning_starts} (--learning-starts)")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -898,12 +902,14 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
     episodes, kept_returns, all_returns, data = 0, [], [], getattr(env.unwrapped, "data", None)
     has_joints = hasattr(data, "qpos") and hasattr(data, "qvel")
     has_state = has_joints and is_mujoco(env)
+    least = -math.inf if args.record_min_return is None else args.record_min_return
+    wanted = " and ".join(["reached the time limit"] * (not args.record_sampled) + [f"returned {least:g}"] * math.isfinite(least))
     columns: dict[str, list] = {}
     states: list[np.ndarray] = []
     with tqdm(total=args.record_episodes, unit="episode", dynamic_ncols=True) as bar:
         while len(kept_returns) < args.record_episodes:
             if episodes == 10 + 10 * args.record_episodes:
-                fail(f"--record-demos: only {len(kept_returns)} of {episodes} episodes reached the time limit: a better policy is needed")
+                fail(f"--record-demos: only {len(kept_returns)} of {episodes} episodes {wanted}: a better policy is needed")
             episode: dict[str, list] = {}
             episode_states: list[np.ndarray] = []
             obs, done = env.reset(), False
@@ -921,7 +927,8 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
                 obs, done = next_obs, terminated or truncated
             episodes += 1
             all_returns.append(env.episode_return)
-            if args.record_sampled or (not terminated and (limit is None or len(env.executed) == limit)):
+            to_the_end = not terminated and (limit is None or len(env.executed) == limit)
+            if (args.record_sampled or to_the_end) and env.episode_return >= least:
                 kept_returns.append(env.episode_return)
                 states.extend(episode_states)
                 for name, values in episode.items():
@@ -938,8 +945,8 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
     if states:
         arrays["states"] = np.array(states)
     write_atomically(path, lambda file: np.savez_compressed(file, metadata=json.dumps(metadata), **arrays))
-    shorter = "" if args.record_sampled else f"; dropped {dropped:.0%} of {episodes} episodes as shorter than the time limit"
-    print(f"{path}: {len(kept_returns)} episodes, return {metadata['return_mean']:.1f} +- {metadata['return_std']:.1f}{shorter}")
+    others = wanted and f"; {episodes - len(kept_returns)} of {episodes} episodes dropped, kept are those that {wanted}"
+    print(f"{path}: {len(kept_returns)} episodes, return {metadata['return_mean']:.1f} +- {metadata['return_std']:.1f}{others}")
 
 
 def first_at_level(run_dir: Path, rows: list[dict], level: float) -> dict:

@@ -55,6 +55,7 @@ WRONG = [
     (sac, [*HOPPER, "--total-timesteps", "900"], r"nothing is learned in the first 5000 \(--learning-starts\)"),
     (sac, [*HOPPER, "--record-level", "0.5"], r"--record-level goes with --record-demos"),
     (sac, [*HOPPER, "--record-sampled"], r"--record-sampled goes with --record-demos"),
+    (sac, [*HOPPER, "--record-min-return", "9"], r"--record-min-return goes with --record-demos"),
     (hyper, [*HOPPER, "--bc-weight", "1", "--expert-share", "0"], r"no expert rows in the batch"),
     (hyper, [*HOPPER, "--expert-start-prob", "2"], r"--expert-start-prob must be between 0 and 1, got 2.0"),
     (hyper, [*HOPPER, "--termination", "no_such_module:f"], r"--termination no_such_module:f: No module named"),

@@ -519,6 +519,25 @@ def test_sampled_recording_keeps_every_episode(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "e.npz")["actions"], data["actions"])
 
 
+def test_recording_can_leave_out_episodes_of_low_return(tmp_path, capsys):
+    """The same episodes as without the bar, less those below it; the share is told; a bar out of reach is an error."""
+    args = sac.parse_args([*TINY_SAC, *POINT, "--record-episodes", "6", "--record-demos", "d.npz"])
+    actor = sac.Actor(4, 2, (16, 16))
+    sac.record_demos(tmp_path / "all.npz", actor, args, {})
+    returns = np.load(tmp_path / "all.npz")["rewards"].reshape(6, -1).sum(1)
+    bar = float(np.sort(returns)[3]) - 1e-3
+    sac.record_demos(tmp_path / "some.npz", actor, sac.replace(args, record_episodes=3, record_min_return=bar), {})
+    some = np.load(tmp_path / "some.npz")
+    np.testing.assert_allclose(some["rewards"].reshape(3, -1).sum(1), returns[returns >= bar][:3], rtol=1e-6)
+    tried = int(np.flatnonzero(returns >= bar)[2]) + 1  # and those, if any, that ended early
+    about = json.loads(str(some["metadata"]))
+    assert 1 > about["dropped_share"] >= 1 - 3 / tried - 1e-9 and about["dropped_share"] > 0
+    assert about["all_return_mean"] < bar <= about["return_mean"]
+    with pytest.raises(SystemExit):
+        sac.record_demos(tmp_path / "none.npz", actor, sac.replace(args, record_episodes=1, record_min_return=1e6), {})
+    assert "0 of 20 episodes reached the time limit and returned 1e+06" in capsys.readouterr().err
+
+
 def test_record_level_keeps_the_actor_that_first_reached_it(tmp_path):
     demos = tmp_path / "medium.npz"
     argv = [
