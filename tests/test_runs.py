@@ -522,6 +522,7 @@ def test_sampled_recording_keeps_every_episode(tmp_path):
 def test_recording_can_leave_out_episodes_of_low_return(tmp_path, capsys):
     """The same episodes as without the bar, less those below it; the share is told; a bar out of reach is an error."""
     args = sac.parse_args([*TINY_SAC, *POINT, "--record-episodes", "6", "--record-demos", "d.npz"])
+    torch.manual_seed(0)
     actor = sac.Actor(4, 2, (16, 16))
     sac.record_demos(tmp_path / "all.npz", actor, args, {})
     returns = np.load(tmp_path / "all.npz")["rewards"].reshape(6, -1).sum(1)
@@ -532,7 +533,7 @@ def test_recording_can_leave_out_episodes_of_low_return(tmp_path, capsys):
     tried = int(np.flatnonzero(returns >= bar)[2]) + 1  # and those, if any, that ended early
     about = json.loads(str(some["metadata"]))
     assert 1 > about["dropped_share"] >= 1 - 3 / tried - 1e-9 and about["dropped_share"] > 0
-    assert about["all_return_mean"] < bar <= about["return_mean"]
+    assert about["return_mean"] >= max(bar, about["all_return_mean"])
     with pytest.raises(SystemExit):
         sac.record_demos(tmp_path / "none.npz", actor, sac.replace(args, record_episodes=1, record_min_return=1e6), {})
     assert "0 of 20 episodes reached the time limit and returned 1e+06" in capsys.readouterr().err
