@@ -78,7 +78,7 @@ class Args:
     seed: int = 1
     """seed of every random stream of the run"""
     preset: Literal["default", "paper"] = "default"
-    """settings to start from; any other flag beats them. "paper" is the official code's"""
+    """settings to start from; any other flag beats them. "paper" has the official step sizes, models and units (see the docs page)"""
     total_timesteps: int = 300_000
     """steps taken in the training environment, warm-up included (paper: its SAC-EO is near the expert in under 1,000,000)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import bco_baseline
 import hype
 import hyper
 import sac
@@ -315,24 +316,25 @@ def test_a_full_disk_keeps_the_last_checkpoint(finished, capsys, monkeypatch):
     assert (finished / "checkpoint.pt").read_bytes() == before and not list(finished.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo])
+@pytest.mark.parametrize("script", [sac, hype, hyper, sac_eo, bco_baseline])
 def test_a_loss_that_is_not_finite_stops_the_run(script, tmp_path, argv_of, monkeypatch, capsys):
-    """At step 100 the critic's loss turns NaN: the run names it and leaves the checkpoint of step 80."""
-    original = script.sac_update
+    """At step 100 a loss turns NaN: the run names it and leaves the checkpoint of step 80."""
+    function, loss = ("bco_update", "losses/imitation") if script is bco_baseline else ("sac_update", "losses/critic")
+    original = getattr(script, function)
 
     def poisoned(agent, *rest):
         metrics = original(agent, *rest)
-        return {**metrics, "losses/critic": metrics["losses/critic"] * (torch.nan if poisoned.on else 1)}
+        return {**metrics, loss: metrics[loss] * (torch.nan if poisoned.on else 1)}
 
     poisoned.on = False
-    monkeypatch.setattr(script, "sac_update", poisoned)
+    monkeypatch.setattr(script, function, poisoned)
     run(script, [*argv_of(script), "--total-timesteps", "80", "--eval-every", "500", "--run-dir", tmp_path])
     good = (tmp_path / "checkpoint.pt").read_bytes()
     poisoned.on = True
     with pytest.raises(SystemExit) as stopped:
         run(script, ["--resume", tmp_path, "--total-timesteps", "200"])
     assert stopped.value.code == 2
-    assert "losses/critic is not finite at env step 100" in capsys.readouterr().err
+    assert f"{loss} is not finite at env step 100" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == good
 
 

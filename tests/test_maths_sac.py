@@ -35,6 +35,22 @@ def test_log_prob_is_the_density_of_the_squashed_gaussian():
     torch.testing.assert_close(torch.from_numpy(agent.actor.act(batch.obs[0].numpy())), mean[0].tanh())
 
 
+def test_the_density_integrates_to_one_and_is_finite_at_the_edge():
+    """One action dimension, from mean 0.4 and standard deviation 0.9 before the tanh; then |u| = 20, where tanh rounds to 1."""
+    actor = sac.Actor(3, 1, (8,))
+    with torch.no_grad():
+        actor.net.output.weight.zero_()
+        actor.net.output.bias.copy_(torch.tensor([0.4, math.log(0.9)]).view_as(actor.net.output.bias))
+    noise = torch.linspace(-9, 9, 20_001, dtype=torch.float64)[:, None].float()
+    action, log_prob = actor(torch.zeros(20_001, 3), noise)
+    assert torch.trapezoid(log_prob.double().exp(), action[:, 0].double()).item() == pytest.approx(1, abs=1e-3)
+    with torch.no_grad():
+        actor.net.output.bias.copy_(torch.tensor([20.0, -20.0]).view_as(actor.net.output.bias))
+    action, log_prob = actor(torch.zeros(5, 3), torch.randn(5, 1))
+    (gradient,) = torch.autograd.grad(log_prob.sum(), actor.net.output.bias)
+    assert (action == 1).all() and torch.isfinite(log_prob).all() and torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("fan_out", [1, 3, 20])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_stacked_linear_is_a_linear_layer_a_member(fan_out, bf16):

@@ -39,7 +39,7 @@ def affine(models, shifts: list[float]) -> None:
 def transitions(batch: int = 6) -> sac_eo.Batch:
     torch.manual_seed(1)
     obs, action = torch.randn(batch, 3), torch.rand(batch, 2) * 2 - 1
-    return sac_eo.Batch(obs, action, torch.randn(batch), obs + torch.randn(batch, 3), torch.zeros(batch))
+    return sac_eo.Batch(obs, action, torch.randn(batch), obs + torch.randn(batch, 3), torch.arange(batch) % 2.0)
 
 
 class Still(sac_eo.Actor):
@@ -50,16 +50,22 @@ class Still(sac_eo.Actor):
 
 
 # The weight
+TABLE = {
+    50: (0.667, 0.167, 0.0385, 0.0196, 0.0099, 0.0040),
+    100: (0.500, 0.0909, 0.0196, 0.0099, 0.0050, 0.0020),
+    200: (0.333, 0.0476, 0.0099, 0.0050, 0.0025, 0.0010),
+}
+
+
 @pytest.mark.parametrize("beta,delta,eps", [
-    (50, 0.01, 0.667), (50, 0.5, 0.0385), (50, 5, 0.0040), (100, 0.01, 0.500), (100, 0.1, 0.0909), (100, 1, 0.0099), (200, 0.1, 0.0476),
-    (200, 2, 0.0025), (0, 3, 1.0),
+    *((beta, delta, eps) for beta, row in TABLE.items() for delta, eps in zip((0.01, 0.1, 0.5, 1, 2, 5), row, strict=True)), (0, 3, 1.0),
 ])  # fmt: skip
 def test_adaptive_weight_against_the_table(beta, delta, eps):
     models, args = models_and_args(beta=beta)
     affine(models, [0.0, delta / math.sqrt(3)])
     batch = transitions()
     metrics = sac_eo.imitation_weight(models, Still(3, 2, (8,)), batch, torch.randn(6, 2), args)
-    assert metrics["losses/imitation_weight"].item() == pytest.approx(eps, abs=0.51 * 10 ** -(3 if eps > 0.1 else 4))
+    assert metrics["losses/imitation_weight"].item() == pytest.approx(eps, abs=0 if beta == 0 else 0.51 * 10 ** -(3 if eps > 0.1 else 4))
     assert metrics["model/discrepancy_max"].item() == pytest.approx(delta, rel=1e-4)
     assert not metrics["losses/imitation_weight"].requires_grad
 
@@ -272,6 +278,10 @@ def test_with_an_exact_model_the_policy_finds_the_experts_actions():
     samples = torch.stack([actor(obs, torch.randn(64, 2))[0] for _ in range(300)])
     error = bco_baseline.imitation_error(models, obs, actor(obs, torch.zeros(64, 2))[0], expert.next_obs)
     assert (samples.mean(0) - wanted).abs().mean() < 0.05 and error < 0.05
+    noisy = np.mean([bco_baseline.imitation_error(models, obs, a, expert.next_obs).item() for a in samples])
+    bias = bco_baseline.imitation_error(models, obs, samples.mean(0), expert.next_obs).item()
+    of_less_noise = (samples.var(0, correction=0).mean(0) * b.square().sum(0)).sum().item()
+    assert noisy == pytest.approx(bias + of_less_noise, rel=0.01) and of_less_noise < 0.3 * of_noise
     assert entropy[-1] < entropy[0] - 2  # nothing holds the noise up
 
 
@@ -339,6 +349,8 @@ def test_a_fit_learns_a_linear_system():
     for _ in range(4):
         sac_eo.fit_models(models, optimizer, sac_eo.model_update, buffer, args, generator)
     test = buffer.split(filled(500, 1).rows)
+    predicted = models.all(test.obs, test.action)
+    assert (predicted[0] - predicted[1]).abs().mean() > 1e-4  # and stay two opinions
     accuracy = sac_eo.model_accuracy(models, test, "test")
     error = models.distance(models.all(test.obs, test.action), test.next_obs).mean()
     share = error / (test.next_obs - test.obs).square().sum(-1).mean()
@@ -595,6 +607,8 @@ def test_disturbed_expert_states(script, flags, tmp_path, argv_of, demos, monkey
     (sac_eo, ["--eps-mode", "fixed", "--demos", "missing.npz"], "no such file"),
     (sac_eo, ["--env-id", "Hopper-v4"], "4: recorded in another environment, or another version of it?"),
     (sac_eo, ["--demos", "missing.npz"], "no such file"),
+    (sac_eo, ["--demos", ""], "tests.pointmass-PointMass-v0.npz: no such file; give --demos PATH"),  # the bundled file's name
+    (bco_baseline, ["--demos", ""], "tests.pointmass-PointMass-v0.npz: no such file; give --demos PATH"),
     (sac_eo, ["--num-demos", "9"], "--num-demos 5"),
     (bco_baseline, ["--demos", "missing.npz"], "no such file"),
     (sac_eo, ["--eps-fixed", "0"], "--eps-fixed 0.0: changes nothing"),

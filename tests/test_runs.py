@@ -519,6 +519,18 @@ def test_sampled_recording_keeps_every_episode(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "e.npz")["actions"], data["actions"])
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "demos").glob("*.npz")), ids=lambda path: path.stem)
+def test_bundled_demonstrations_are_ten_whole_episodes_whose_rows_follow_each_other(path):
+    data = np.load(path)
+    obs, next_obs, last = data["observations"], data["next_observations"], data["truncations"] == 1
+    assert last.sum() == 10 and last[999::1000].all() and not data["terminations"].any()
+    np.testing.assert_array_equal(next_obs[~last], obs[1:][~last[:-1]])
+    about = json.loads(str(data["metadata"]))
+    assert path.stem == about["env_id"].replace("/", "-") and about["episodes"] == 10
+    assert data["rewards"].sum() / 10 == pytest.approx(about["return_mean"], rel=1e-4)
+    assert np.abs(data["actions"]).max() <= 1
+
+
 def test_recording_can_leave_out_episodes_of_low_return(tmp_path, capsys):
     """The same episodes as without the bar, less those below it; the share is told; a bar out of reach is an error."""
     args = sac.parse_args([*TINY_SAC, *POINT, "--record-episodes", "6", "--record-demos", "d.npz"])
