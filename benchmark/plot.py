@@ -208,7 +208,10 @@ def table(script: str) -> str:
 
 
 def comparison(script: str) -> str:
-    """Markdown rows that compare methods after the same number of steps: the fewest that any of an environment's methods was run for."""
+    """Markdown rows that compare methods after the same number of steps: the fewest that any of an environment's methods was run for.
+
+    Methods of the page's other scripts, which may have stopped earlier, do not shorten the others' stretch and tell their own.
+    """
     left_out = experiments(script)
     found = {
         key: curve(paths)
@@ -229,11 +232,12 @@ def comparison(script: str) -> str:
     lines.append(["---"] * len(lines[0]))
     for env_id in dict.fromkeys(env_id for env_id, _ in found):
         methods = {variant: value for (env, variant), value in found.items() if env == env_id}
-        end, rows = min(steps[-1] for steps, *_ in methods.values()), []
+        own = [steps[-1] for variant, (steps, *_) in methods.items() if not variant.startswith("bco-")]
+        end, rows = min(own, default=0), []
         for other, variant, name in BESIDE.get(script, ()):
             if (env_id, variant) in runs(other):
                 methods[name] = curve(runs(other)[env_id, variant])
-        if len(methods) < 2 or not all(np.isfinite(expert) for *_, expert, _ in methods.values()):
+        if not own or len(methods) < 2 or not all(np.isfinite(expert) for *_, expert, _ in methods.values()):
             continue
         for variant, (steps, returns, expert, _) in methods.items():
             cloning = variant == "bc"

@@ -71,16 +71,17 @@ def test_a_sibling_is_compared_with_its_methods_and_other_scripts_are_beside(fil
     file_result("sac_eo", "default", "Toy-v0", 1, [60, 85, 95])
     file_result("sac_eo", "sac", "Toy-v0", 1, [10, 60, 85], expert=float("nan"))  # SAC knows no expert
     file_result("sac_eo", "beta-100", "Toy-v0", 1, [60, 85])  # an experiment: not a method, and its steps do not count
-    file_result("bco_baseline", "forward", "Toy-v0", 1, [20, 30, 40])
+    file_result("bco_baseline", "forward", "Toy-v0", 1, [20, 30])  # stopped earlier: the others are compared further
+    file_result("bco_baseline", "forward", "Alone-v0", 1, [20, 30])
     file_result("hype", "hype", "Toy-v0", 1, [95, 95])
     file_result("hype", "bc", "Toy-v0", 1, [70, 80], count="updates")
     table = plot.comparison("sac_eo")
     assert cells(table, "Toy-v0", "30", "sac-eo")[3:] == ["reward, expert's states", "1", "80%", "80%", "10", "20", "30"]
     assert cells(table, "Toy-v0", "30", "sac")[3:] == ["reward", "1", "52%", "52%", "20", "30", "-"]
-    assert cells(table, "Toy-v0", "30", "bco-forward")[3:] == ["expert's states", "1", "30%", "30%", "-", "-", "-"]
+    assert cells(table, "Toy-v0", "20", "bco-forward")[3:] == ["expert's states", "1", "25%", "25%", "-", "-", "-"]
     assert cells(table, "Toy-v0", "20", "hype")[3:] == ["expert's states and actions", "1", "95%", "95%", "10", "10", "10"]
     assert cells(table, "Toy-v0", "0", "bc")[3:] == ["expert's states and actions", "1", "-", "80% (its last one)", "-", "-", "-"]
-    assert "beta-100" not in table
+    assert "beta-100" not in table and "Alone-v0" not in table
 
 
 def test_picture_of_the_experiments(file_result, monkeypatch, tmp_path):
