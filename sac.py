@@ -903,7 +903,7 @@ def record_demos(path: Path, actor: Actor, args: Args, about: dict) -> None:
     has_joints = hasattr(data, "qpos") and hasattr(data, "qvel")
     has_state = has_joints and is_mujoco(env)
     least = -math.inf if args.record_min_return is None else args.record_min_return
-    wanted = " and ".join(["reached the time limit"] * (not args.record_sampled) + [f"returned {least:g}"] * math.isfinite(least))
+    wanted = " and ".join(["reached the time limit"] * (not args.record_sampled) + [f"returned at least {least:g}"] * math.isfinite(least))
     columns: dict[str, list] = {}
     states: list[np.ndarray] = []
     with tqdm(total=args.record_episodes, unit="episode", dynamic_ncols=True) as bar:

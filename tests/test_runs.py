@@ -548,7 +548,7 @@ def test_recording_can_leave_out_episodes_of_low_return(tmp_path, capsys):
     assert about["return_mean"] >= max(bar, about["all_return_mean"])
     with pytest.raises(SystemExit):
         sac.record_demos(tmp_path / "none.npz", actor, sac.replace(args, record_episodes=1, record_min_return=1e6), {})
-    assert "0 of 20 episodes reached the time limit and returned 1e+06" in capsys.readouterr().err
+    assert "0 of 20 episodes reached the time limit and returned at least 1e+06" in capsys.readouterr().err
 
 
 def test_record_level_keeps_the_actor_that_first_reached_it(tmp_path):
