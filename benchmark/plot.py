@@ -37,6 +37,7 @@ EXPERIMENTS = {
         "disturbed expert states": ("sac-eo", "noise-0.1", "noise-1", "noise-1-all", "shuffled", "sac"),
         "models or the truth": ("sac-eo", "true-actions", "sac"),
         "standardised observations": ("sac-eo", "normalise-obs", "sac", "sac-normalise-obs", "bco-forward", "bco-normalise-obs"),
+        "on a GPU": ("sac-eo", "gpu", "sac"),
     }
 }
 BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods
