@@ -25,7 +25,7 @@ to the next, and clones the actions that it names for the expert's transitions. 
     python bco_baseline.py --env-id Hopper-v4
     python bco_baseline.py --env-id Hopper-v4 --variant inverse
 
-What to expect, after how many steps, in how many minutes: docs/bco_baseline.md. --help shows the defaults of the --env-id and
+What to expect, after how many steps, in how many minutes: docs/sac_eo.md. --help shows the defaults of the --env-id and
 --preset that stand beside it.
 """
 
@@ -37,7 +37,6 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import platform
@@ -249,13 +248,16 @@ def check_args(args: Args) -> None:
                 fail(f"{flag} must not be negative, got {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no GPU that torch can use; take --device cpu")
-    idle = ["num_models", "mse_units"] if args.variant == "inverse" else []
+    idle = dict.fromkeys(["num_models", "mse_units"] if args.variant == "inverse" else [], "--variant inverse")
+    if not args.expert_noise_std:
+        idle["expert_noise_target"] = "--expert-noise-std 0"
     usual = replace(Args(), **PRESETS[args.preset].get("*", {}))
-    for name in [*idle, *([] if args.expert_noise_std else ["expert_noise_target"])]:
-        if getattr(args, name) != getattr(usual, name):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: changes nothing with the other settings (--variant {args.variant})")
-    if args.model_batch_size > min(args.learning_starts, args.model_buffer_size):
-        fail("--model-batch-size must not exceed --learning-starts and --model-buffer-size: the first fit has no more transitions")
+    for name, reason in idle.items():
+        if (value := getattr(args, name)) != getattr(usual, name):
+            fail(f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}: changes nothing with {reason}")
+    if args.model_batch_size > (least := min(args.learning_starts, args.model_buffer_size)):
+        flags = "--learning-starts and --model-buffer-size"
+        fail(f"--model-batch-size {args.model_batch_size} must not exceed {flags}, of which {least} is the lesser: no more are there")
     if args.total_timesteps <= args.learning_starts and not args.eval_only:
         fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.learning_starts} (--learning-starts)")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -292,7 +294,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     except (gym.error.Error, ImportError, TypeError) as error:
         if ":" in env_id and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
             raise  # a mistake in the user's module, which its traceback shows
-        near = [] if env_id.rpartition(":")[2] in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
+        with contextlib.suppress(ImportError):
+            import shimmy  # names dm_control's environments too
+        names = [] if env_id.rpartition(":")[2] in gym.registry else [env_id, f"dm_control/{env_id}-v0"]
+        near = next(filter(None, (difflib.get_close_matches(name, gym.registry, n=3) for name in names)), [])
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
     if render_mode:
         try:
@@ -424,8 +429,11 @@ def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int, needs_act
 
 def load_npz(path: str) -> dict[str, np.ndarray]:
     if not Path(path).exists():
-        bundled = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "demos").glob("*.npz")))
-        fail(f"--demos {path}: no such file; give --demos PATH (bundled demonstrations: {bundled or 'none here'})")
+        bundled = sorted((Path(__file__).parent / "demos").glob("*.npz"))
+        near = [file for file in bundled if re.split(r"-v\d", file.stem)[0] == re.split(r"-v\d", Path(path).stem)[0]]
+        names = ", ".join(file.stem for file in bundled) or "none here"
+        hint = f"of another version: {near[0]}" if near else f"bundled demonstrations: {names}"
+        fail(f"--demos {path}: no such file; give --demos PATH ({hint})")
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -437,7 +445,10 @@ def load_minari(name: str) -> dict[str, np.ndarray]:
     """A Minari dataset in the same schema."""
     import minari
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
+    with contextlib.suppress(ImportError):
+        import huggingface_hub
+
+        huggingface_hub.logging.set_verbosity_error()  # otherwise it announces every retry
     try:
         episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
     except Exception as error:  # what a failed download raises depends on the storage behind it

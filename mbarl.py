@@ -668,7 +668,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     except (gym.error.Error, ImportError, TypeError) as error:
         if ":" in env_id and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
             raise  # a mistake in the user's module, which its traceback shows
-        near = [] if env_id.rpartition(":")[2] in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
+        with contextlib.suppress(ImportError):
+            import shimmy  # names dm_control's environments too
+        names = [] if env_id.rpartition(":")[2] in gym.registry else [env_id, f"dm_control/{env_id}-v0"]
+        near = next(filter(None, (difflib.get_close_matches(name, gym.registry, n=3) for name in names)), [])
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
     if render_mode:
         try:

@@ -39,7 +39,6 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import platform
@@ -100,8 +99,8 @@ class Args:
 
     # Demonstrations
     demos: str | None = None
-    """an .npz file (demos/README.md; its actions are never learned from and may be missing) or "minari:mujoco/hopper/expert-v0";
-    default demos/<env-id>.npz"""
+    """an .npz file (demos/README.md; its actions may be missing: only --imitate actions learns from them) or
+    "minari:mujoco/hopper/expert-v0"; default demos/<env-id>.npz"""
     num_demos: int = 10
     """trajectories used, the first ones of the file"""
     expert_noise_std: float = 0.0
@@ -161,19 +160,19 @@ class Args:
 
     # Imitation
     imitate: Literal["states", "actions"] = "states"
-    """come to the expert's next states, through the models; or act as it did, which exact models might ask for: how much better models
-    could help (an experiment, the only thing here that reads the expert's actions)"""
+    """states: come to the expert's next states, through the models; actions: clone the expert's actions, which shows how much perfect
+    models could help (an experiment, the only thing here that learns from them)"""
     eps_mode: Literal["adaptive", "true-mse", "fixed"] = "adaptive"
-    """weight of the imitation term: 1 / (1 + beta d), where d is the models' disagreement at the expert's states, or half their mean
-    squared error there with the policy's actions; or constant"""
+    """weight of the imitation term: 1 / (1 + beta d), where d is the models' disagreement at the expert's states (adaptive) or half their
+    mean squared error there, with the policy's actions (true-mse); or the constant --eps-fixed (fixed)"""
     beta: float = 10.0
-    """how fast the weight falls with d (paper, in raw units: tuned among 50, 100, 200)"""
+    """how fast the weight falls with d (paper, in raw units: tuned among 50, 100, 200); 0: weight 1, the reward is ignored"""
     eps_fixed: float = 0.01
     """the weight in the mode fixed"""
     delta_stat: Literal["max", "median", "sum"] = "max"
     """which statistic of the disagreement over all expert states (paper: the maximum); of an even number the median is the lower one"""
     mse_units: Literal["raw", "normalised"] = "normalised"
-    """units of errors and disagreements: standard deviations of the observation's changes (not in the paper), or its own (paper: raw)"""
+    """units of errors and disagreements: the observation's own (raw, as the paper), or standard deviations of its changes (normalised)"""
     expert_batch_size: int = 256
     """expert transitions in a gradient step; 0 for all of them"""
 
@@ -289,16 +288,21 @@ def check_args(args: Args) -> None:
     if args.eps_mode == "adaptive" and args.num_models == 1:
         fail("--eps-mode adaptive: the disagreement needs --num-models 2; with one model take --eps-mode true-mse or fixed")
     imitates = args.eps_mode != "fixed" or args.eps_fixed > 0
-    idle = {"adaptive": ["eps_fixed"], "true-mse": ["eps_fixed", "delta_stat"], "fixed": ["beta", "delta_stat"]}[args.eps_mode]
+    names = {"adaptive": ["eps_fixed"], "true-mse": ["eps_fixed", "delta_stat"], "fixed": ["beta", "delta_stat"]}[args.eps_mode]
+    idle = dict.fromkeys(names, f"--eps-mode {args.eps_mode}")
+    if not args.expert_noise_std:
+        idle["expert_noise_target"] = "--expert-noise-std 0"
     if not imitates:
-        idle += "normalise_obs imitate expert_noise_std expert_noise_target expert_shuffle num_models mse_units expert_batch_size".split()
-    idle += [] if args.expert_noise_std else ["expert_noise_target"]
+        names = "imitate expert_noise_std expert_noise_target expert_shuffle num_models mse_units expert_batch_size".split()
+        idle |= dict.fromkeys(names, "--eps-fixed 0")
+        idle["normalise_obs"] = "--eps-fixed 0, which reads no demonstrations (--eps-fixed 1e-9 does)"
     usual = replace(Args(), **PRESETS[args.preset].get("*", {}))
-    for name in idle:
-        if getattr(args, name) != getattr(usual, name):
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: changes nothing with the other settings (--eps-mode {args.eps_mode})")
-    if imitates and args.model_batch_size > min(args.learning_starts, args.model_buffer_size, args.buffer_size):
-        fail("--model-batch-size must not exceed --learning-starts, --model-buffer-size and --buffer-size: a fit has no more transitions")
+    for name, reason in idle.items():
+        if (value := getattr(args, name)) != getattr(usual, name):
+            fail(f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}: changes nothing with {reason}")
+    if imitates and args.model_batch_size > (least := min(args.learning_starts, args.model_buffer_size, args.buffer_size)):
+        flags = "--learning-starts, --model-buffer-size and --buffer-size"
+        fail(f"--model-batch-size {args.model_batch_size} must not exceed {flags}, of which {least} is the least: no more are there")
     if args.total_timesteps <= args.learning_starts and not args.eval_only:
         fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.learning_starts} (--learning-starts)")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -335,7 +339,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     except (gym.error.Error, ImportError, TypeError) as error:
         if ":" in env_id and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
             raise  # a mistake in the user's module, which its traceback shows
-        near = [] if env_id.rpartition(":")[2] in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
+        with contextlib.suppress(ImportError):
+            import shimmy  # names dm_control's environments too
+        names = [] if env_id.rpartition(":")[2] in gym.registry else [env_id, f"dm_control/{env_id}-v0"]
+        near = next(filter(None, (difflib.get_close_matches(name, gym.registry, n=3) for name in names)), [])
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
     if render_mode:
         try:
@@ -467,8 +474,11 @@ def load_demos(source: str, env_id: str, env: gym.Env, num_demos: int, needs_act
 
 def load_npz(path: str) -> dict[str, np.ndarray]:
     if not Path(path).exists():
-        bundled = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "demos").glob("*.npz")))
-        fail(f"--demos {path}: no such file; give --demos PATH (bundled demonstrations: {bundled or 'none here'})")
+        bundled = sorted((Path(__file__).parent / "demos").glob("*.npz"))
+        near = [file for file in bundled if re.split(r"-v\d", file.stem)[0] == re.split(r"-v\d", Path(path).stem)[0]]
+        names = ", ".join(file.stem for file in bundled) or "none here"
+        hint = f"of another version: {near[0]}" if near else f"bundled demonstrations: {names}"
+        fail(f"--demos {path}: no such file; give --demos PATH ({hint})")
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -480,7 +490,10 @@ def load_minari(name: str) -> dict[str, np.ndarray]:
     """A Minari dataset in the same schema."""
     import minari
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
+    with contextlib.suppress(ImportError):
+        import huggingface_hub
+
+        huggingface_hub.logging.set_verbosity_error()  # otherwise it announces every retry
     try:
         episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
     except Exception as error:  # what a failed download raises depends on the storage behind it

@@ -42,7 +42,6 @@ import importlib.util
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import platform
@@ -397,7 +396,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     except (gym.error.Error, ImportError, TypeError) as error:
         if ":" in env_id and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
             raise  # a mistake in the user's module, which its traceback shows
-        near = [] if env_id.rpartition(":")[2] in gym.registry else difflib.get_close_matches(env_id, gym.registry, n=3)
+        with contextlib.suppress(ImportError):
+            import shimmy  # names dm_control's environments too
+        names = [] if env_id.rpartition(":")[2] in gym.registry else [env_id, f"dm_control/{env_id}-v0"]
+        near = next(filter(None, (difflib.get_close_matches(name, gym.registry, n=3) for name in names)), [])
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
     if render_mode:
         try:
@@ -475,8 +477,11 @@ class ResumableEnv(gym.Wrapper):
 
 def load_npz(path: str) -> dict[str, np.ndarray]:
     if not Path(path).exists():
-        bundled = ", ".join(sorted(file.stem for file in (Path(__file__).parent / "demos").glob("*.npz")))
-        fail(f"--demos {path}: no such file; give --demos PATH (bundled demonstrations: {bundled or 'none here'})")
+        bundled = sorted((Path(__file__).parent / "demos").glob("*.npz"))
+        near = [file for file in bundled if re.split(r"-v\d", file.stem)[0] == re.split(r"-v\d", Path(path).stem)[0]]
+        names = ", ".join(file.stem for file in bundled) or "none here"
+        hint = f"of another version: {near[0]}" if near else f"bundled demonstrations: {names}"
+        fail(f"--demos {path}: no such file; give --demos PATH ({hint})")
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -488,7 +493,10 @@ def load_minari(name: str) -> dict[str, np.ndarray]:
     """A Minari dataset in the same schema."""
     import minari
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry
+    with contextlib.suppress(ImportError):
+        import huggingface_hub
+
+        huggingface_hub.logging.set_verbosity_error()  # otherwise it announces every retry
     try:
         episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
     except Exception as error:  # what a failed download raises depends on the storage behind it

@@ -602,8 +602,8 @@ def test_disturbed_expert_states(script, flags, tmp_path, argv_of, demos, monkey
 
 @pytest.mark.parametrize("script,argv,message", [
     (sac_eo, ["--num-models", "1"], "--num-models 2"),
-    (sac_eo, ["--model-batch-size", "61"], "--model-batch-size must not exceed"),
-    (sac_eo, ["--buffer-size", "15"], "--model-batch-size must not exceed"),
+    (sac_eo, ["--model-batch-size", "61"], "--model-batch-size 61 must not exceed"),
+    (sac_eo, ["--buffer-size", "15"], "of which 15 is the least"),
     (sac_eo, ["--eps-mode", "fixed", "--demos", "missing.npz"], "no such file"),
     (sac_eo, ["--env-id", "Hopper-v4"], "4: recorded in another environment, or another version of it?"),
     (sac_eo, ["--demos", "missing.npz"], "no such file"),
@@ -613,14 +613,14 @@ def test_disturbed_expert_states(script, flags, tmp_path, argv_of, demos, monkey
     (bco_baseline, ["--demos", "missing.npz"], "no such file"),
     (sac_eo, ["--eps-fixed", "0"], "--eps-fixed 0.0: changes nothing"),
     (sac_eo, ["--eps-mode", "fixed", "--beta", "50"], "--beta 50.0: changes nothing"),
-    (sac_eo, ["--eps-mode", "true-mse", "--delta-stat", "sum"], "--delta-stat sum: changes nothing"),
+    (sac_eo, ["--eps-mode", "true-mse", "--delta-stat", "sum"], "--delta-stat sum: changes nothing with --eps-mode true-mse"),
     (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--expert-noise-std", "1"], "--expert-noise-std 1.0: changes nothing"),
-    (sac_eo, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
-    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--imitate", "actions"], "--imitate actions: changes nothing"),
-    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--normalise-obs"], "--normalise-obs True: changes nothing"),
+    (sac_eo, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing with --expert-noise-std 0"),
+    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--imitate", "actions"], "--imitate actions: changes nothing with --eps-fixed 0"),
+    (sac_eo, ["--eps-mode", "fixed", "--eps-fixed", "0", "--normalise-obs"], "--normalise-obs: changes nothing with --eps-fixed 0"),
     (sac_eo, ["--preset", "paper", "--eps-mode", "fixed", "--beta", "50"], "--beta 50.0: changes nothing"),
     (bco_baseline, ["--expert-noise-target", "all"], "--expert-noise-target all: changes nothing"),
-    (bco_baseline, ["--variant", "inverse", "--num-models", "1"], "--num-models 1: changes nothing"),
+    (bco_baseline, ["--variant", "inverse", "--num-models", "1"], "--num-models 1: changes nothing with --variant inverse"),
 ])  # fmt: skip
 def test_refusals(script, argv, message, tmp_path, argv_of, capsys):
     with pytest.raises(SystemExit) as stopped:
