@@ -184,7 +184,7 @@ def table(script: str) -> str:
     head = ["environment", "variant", "seeds", "env steps", "last ten evaluations (cloning: the last), each seed", "minutes a run"]
     if imitates:
         head += ["expert", "of the expert", "mean of seeds first at 90%"]
-        head += ["paper, as many counted steps", "paper, as many real steps by their upper bound"]
+        head += ["paper, as many counted steps", "paper, as many real steps by their upper bound"] if published(script) else []
     lines = [head, ["---"] * len(head)]
     for env_id, variant, paths, (steps, returns, expert, minutes) in found:
         cloning = clones(paths)
@@ -203,7 +203,7 @@ def table(script: str) -> str:
                 theirs.append(f"{np.interp(steps[-1] / 1_000, at, share):.0%}" if there else "-")
             first = "-" if cloning else f"{reached[0]:,}" if len(reached) else f"not in {steps[-1]:,}"
             known = [f"{expert:.0f}", f"{100 * last.mean() / expert:.0f}%", first] if np.isfinite(expert) else ["-"] * 3
-            row += [*known, *theirs]
+            row += [*known, *(theirs if published(script) else [])]
         lines.append(row)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -228,6 +228,7 @@ def comparison(script: str) -> str:
         "seeds",
         "of the expert: mean over these steps",
         "its last ten evaluations",
+        "its last one",
     ]
     lines = [[*head, *(f"first at {share:.0%}, each seed" for share in shares)]]
     lines.append(["---"] * len(lines[0]))
@@ -244,11 +245,11 @@ def comparison(script: str) -> str:
             cloning = variant == "bc"
             share = returns[:, steps <= (steps[-1] if cloning else end)] / expert
             if cloning:
-                row = ["-", f"{share[:, -1].mean():.0%} (its last one)", *["-"] * len(shares)]
+                row = ["-", "-", f"{share[:, -1].mean():.0%}", *["-"] * len(shares)]
             else:
                 first = [", ".join(f"{steps[seed.argmax()]:,}" if seed.any() else "-" for seed in share >= level) for level in shares]
-                row = [f"{share.mean():.0%}", f"{share[:, -10:].mean():.0%}", *first]
-            taken = "0" if cloning else f"{min(end, steps[-1]):,}"
+                row = [f"{share.mean():.0%}", f"{share[:, -10:].mean():.0%}", f"{share[:, -1].mean():.0%}", *first]
+            taken = "none" if cloning else f"{min(end, steps[-1]):,}"
             row = [env_id, taken, variant, *[SEES.get(variant, "-")] * sees, f"{len(share)}", *row]
             rows.append((share[:, -1].mean() if cloning else share.mean(), row))
         lines += [row for _, row in sorted(rows, key=lambda row: -row[0])]
@@ -275,7 +276,8 @@ def picture(script: str) -> None:
             point, interval = iqm(returns)
             for some in stretches(results[env_id, variant])[1:]:
                 beyond, alone, *_ = curve(some)
-                ax.plot(beyond / 1_000, alone.mean(0) / scale, color=colors[variant], lw=0.6)
+                label = f"{variant}, the {len(alone)} that went on" if len(alone) > 1 else f"{variant}, the one that went on"
+                ax.plot(beyond / 1_000, alone.mean(0) / scale, color=colors[variant], lw=0.6, label=label)
             label = f"{variant}, {len(returns)} seed{'s' * (len(returns) > 1)}, all steps counted"
             ax.plot(steps / 1_000, point / scale, color=colors[variant], label=label)
             ax.fill_between(steps / 1_000, *(interval / scale), alpha=0.2, color=colors[variant], lw=0)

@@ -44,15 +44,15 @@ def test_comparison_is_over_the_steps_that_all_methods_took(file_result):
     file_result("hype", "bc", "Toy-v0", 1, [70, 80], count="updates")
     file_result("hype", "mm-4-demos", "Toy-v0", 1, [90, 90])
     table = plot.comparison("hype")
-    assert cells(table, "Toy-v0", "20", "hype") == ["Toy-v0", "20", "hype", "2", "65%", "65%", "20, -"]
-    assert cells(table, "Toy-v0", "20", "mm") == ["Toy-v0", "20", "mm", "1", "10%", "10%", "-"]
+    assert cells(table, "Toy-v0", "20", "hype") == ["Toy-v0", "20", "hype", "2", "65%", "65%", "90%", "20, -"]
+    assert cells(table, "Toy-v0", "20", "mm") == ["Toy-v0", "20", "mm", "1", "10%", "10%", "20%", "-"]
     assert len(table.splitlines()) == 4 and table.index("| hype |") < table.index("| mm |")
 
 
 def test_table_has_the_seeds_together_then_those_that_went_further(file_result):
     file_result("hype", "hype", "Toy-v0", 1, [50, 95, 120])
     file_result("hype", "hype", "Toy-v0", 2, [30, 95])
-    rows = [line.split(" | ") for line in plot.table("hype").splitlines() if "Toy" in line]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in plot.table("hype").splitlines() if "Toy" in line]
     assert [row[2:6] for row in rows] == [["2", "20", "72, 62", "2"], ["1", "30", "88", "3"]]
     assert [row[7:9] for row in rows] == [["68%", "20"], ["88%", "20"]]
 
@@ -76,11 +76,11 @@ def test_a_sibling_is_compared_with_its_methods_and_other_scripts_are_beside(fil
     file_result("hype", "hype", "Toy-v0", 1, [95, 95])
     file_result("hype", "bc", "Toy-v0", 1, [70, 80], count="updates")
     table = plot.comparison("sac_eo")
-    assert cells(table, "Toy-v0", "30", "sac-eo")[3:] == ["reward, expert's states", "1", "80%", "80%", "10", "20", "30"]
-    assert cells(table, "Toy-v0", "30", "sac")[3:] == ["reward", "1", "52%", "52%", "20", "30", "-"]
-    assert cells(table, "Toy-v0", "20", "bco-forward")[3:] == ["expert's states", "1", "25%", "25%", "-", "-", "-"]
-    assert cells(table, "Toy-v0", "20", "hype")[3:] == ["expert's states and actions", "1", "95%", "95%", "10", "10", "10"]
-    assert cells(table, "Toy-v0", "0", "bc")[3:] == ["expert's states and actions", "1", "-", "80% (its last one)", "-", "-", "-"]
+    assert cells(table, "Toy-v0", "30", "sac-eo")[3:] == ["reward, expert's states", "1", "80%", "80%", "95%", "10", "20", "30"]
+    assert cells(table, "Toy-v0", "30", "sac")[3:] == ["reward", "1", "52%", "52%", "85%", "20", "30", "-"]
+    assert cells(table, "Toy-v0", "20", "bco-forward")[3:] == ["expert's states", "1", "25%", "25%", "30%", "-", "-", "-"]
+    assert cells(table, "Toy-v0", "20", "hype")[3:] == ["expert's states and actions", "1", "95%", "95%", "95%", "10", "10", "10"]
+    assert cells(table, "Toy-v0", "none", "bc")[3:] == ["expert's states and actions", "1", "-", "-", "80%", "-", "-", "-"]
     assert "beta-100" not in table and "Alone-v0" not in table
 
 
