@@ -304,6 +304,65 @@ def ensemble_usual(turn: Turn, robot: str, width: int) -> None:
     repeat(turn, lambda: usual_ensemble_update(members, optimizers, inputs, targets))
 
 
+def maze_args(width: int, mode: str = "eager"):
+    import sra_offline
+
+    return sra_offline, sra_offline.Args(
+        model_members=7, model_hidden_sizes=(width,) * 2, weight_decay=0.0, bf16="bf16" in mode, compile=mode != "eager"
+    )
+
+
+def deltas_ours(turn: Turn, width: int, mode: str) -> None:
+    """sra_offline.py's reverse model of a maze (4 + 2 inputs, 4 outputs), Adam."""
+    import torch
+
+    sra, args = maze_args(width, mode)
+    model = sra.DeltaEnsemble(4, 2, args).to(device())
+    optimizer = sra.Adam(model.net.parameters(), args.model_lr).to(device())
+    inputs, delta = torch.randn(7, BATCH, 6, device=device()), torch.randn(7, BATCH, 4, device=device())
+    update = sra.compiled(sra.delta_update, args)
+
+    def step() -> None:
+        with torch.autocast(device(), torch.bfloat16, enabled=args.bf16, cache_enabled=False):
+            update(model, optimizer, inputs, delta)
+
+    repeat(turn, step)
+
+
+def usual_deltas(args):
+    """Seven separate networks, each with its own Adam."""
+    import torch
+    import torch.nn as nn
+
+    def member() -> nn.Sequential:
+        first, second = args.model_hidden_sizes
+        return nn.Sequential(nn.Linear(6, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, 4)).to(device())
+
+    members = [member() for _ in range(args.model_members)]
+    return members, [torch.optim.Adam(net.parameters(), args.model_lr) for net in members]
+
+
+def usual_deltas_update(members, optimizers, inputs, delta) -> None:
+    """One minibatch for every member, one after the other, its gradient's norm clipped to 1."""
+    import torch
+    import torch.nn.functional as F
+
+    for i, (net, optimizer) in enumerate(zip(members, optimizers, strict=True)):
+        loss = F.mse_loss(net(inputs[i]), delta[i])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+
+
+def deltas_usual(turn: Turn, width: int) -> None:
+    import torch
+
+    members, optimizers = usual_deltas(maze_args(width)[1])
+    inputs, delta = torch.randn(7, BATCH, 6, device=device()), torch.randn(7, BATCH, 4, device=device())
+    repeat(turn, lambda: usual_deltas_update(members, optimizers, inputs, delta))
+
+
 def rollouts_ours(turn: Turn, robot: str, width: int) -> None:
     """10,000 trajectories of one step."""
     import torch
@@ -681,6 +740,11 @@ def contests(which: str) -> dict[str, tuple[list[dict], int]]:
             *(dict(name=name, function="ensemble_ours", mode=mode, **about) for name, mode in OURS.items()),
             dict(name="one network after the other", function="ensemble_usual", **about),
             *products("ensemble_products", **about),
+        ], 40  # fmt: skip
+    for width in (128, 1024):
+        found[f"minibatch of SRA's reverse model, a maze, 7 members of 2 x {width}"] = [
+            *(dict(name=name, function="deltas_ours", mode=mode, width=width) for name, mode in OURS.items()),
+            dict(name="one network after the other", function="deltas_usual", width=width),
         ], 40  # fmt: skip
     about = dict(robot="Ant", width=200)
     found["10,000 imagined steps, Ant"] = [

@@ -124,6 +124,21 @@ def test_the_usual_ensemble_does_the_same_products_and_learns_the_same():
     assert_together(dynamics.net, members, 5 * args.model_lr)
 
 
+def test_the_usual_reverse_model_does_the_same_products_and_learns_the_same():
+    """From the same weights, on targets so large that the gradients' norm is clipped in every step."""
+    assert flops_of(speed.deltas_ours, width=16, mode="eager") == flops_of(speed.deltas_usual, width=16)
+    torch.manual_seed(0)
+    sra, args = speed.maze_args(16)
+    model, (members, optimizers) = sra.DeltaEnsemble(4, 2, args), speed.usual_deltas(args)
+    copy_members(model.net, members)
+    optimizer = sra.Adam(model.net.parameters(), args.model_lr)
+    for _ in range(5):
+        inputs, delta = torch.randn(7, 8, 6), 20 * torch.randn(7, 8, 4)
+        speed.usual_deltas_update(members, optimizers, inputs, delta)
+        sra.delta_update(model, optimizer, inputs, delta)
+    assert_together(model.net, members, 5 * args.model_lr)
+
+
 @pytest.mark.parametrize("extras", [{}, dict(critic_layer_norm=True, bc_weight=3.0)])
 def test_the_usual_sac_learns_the_same(extras, monkeypatch):
     """Five steps of deterministic policies (no noise in either) from the same weights, with the extras of hyper.py or without."""
