@@ -139,12 +139,12 @@ class Args:
     """the actor's falls to 0 along a cosine (paper: iql and otil)"""
     lr_decay: bool = True
     """a tenth of the step size for the critics' and the value's second half (paper: iql in mazes, also the actor's)"""
-    weight_decay: float = 0.005
-    """L2 added to gradients (iql, awac: of all networks; others: of the actor; sac-n, otil and demodice have none)"""
+    weight_decay: float = 5e-4
+    """L2 added to gradients, paper 0.005 (iql, awac: of all networks; others: of the actor; sac-n, otil and demodice have none)"""
     gamma: float = 0.99
     """discount factor"""
-    tau: float = 0.005
-    """share of a network that moves into its target at an update"""
+    tau: float = 0.05
+    """share of a network that moves into its target at an update (paper: 0.005, in runs that are longer than the default's)"""
     bc_weight: float = 1.0
     """weight of cloning D_E in the actor's loss"""
     rl_weight: float = 1.0

@@ -462,7 +462,7 @@ def test_expectile_loss():
 
 
 def test_iql_step_by_hand():
-    agent, args = agent_and_args(lr=0.01, rl_weight=2.0, bc_weight=0.5, temperature=1000.0)
+    agent, args = agent_and_args(lr=0.01, rl_weight=2.0, bc_weight=0.5, temperature=1000.0, tau=0.03)
     expert, other = transitions(8, 1, 1.0), transitions(6, 2)
     with torch.no_grad():  # advantages of both signs
         difference = agent.target_critic(expert.obs, expert.action).amin(0) - agent.value(expert.obs)
@@ -488,11 +488,11 @@ def test_iql_step_by_hand():
     torch.testing.assert_close(grads["actor_optimizer"], torch.autograd.grad(actor_loss, list(before.actor.parameters())))
     assert metrics["losses/weight"].item() == pytest.approx(weight.mean().item(), rel=1e-5)
     for target_p, old, new in zip(agent.target_critic.parameters(), before.critic.parameters(), agent.critic.parameters(), strict=True):
-        torch.testing.assert_close(target_p, old + 0.005 * (new - old))
+        torch.testing.assert_close(target_p, old + 0.03 * (new - old))
 
 
 def test_td3bc_acts_every_second_step_with_a_scale_free_value():
-    agent, args = agent_and_args(learner="td3bc", rl_weight=2.5)
+    agent, args = agent_and_args(learner="td3bc", rl_weight=2.5, tau=0.03)
     expert, other, noise = transitions(8, 1, 1.0), transitions(6, 2), torch.randn(2, 14, 2)
     before, grads = copy.deepcopy(agent), []
     step = agent.actor_optimizer.step
@@ -507,7 +507,7 @@ def test_td3bc_acts_every_second_step_with_a_scale_free_value():
     loss = cloning.mean() - 2.5 * (cloning.abs().mean() / value.abs().mean()).item() * value.mean()
     torch.testing.assert_close(grads[0], torch.autograd.grad(loss, list(before.actor.parameters())))
     for target, old, new in zip(agent.target_actor.parameters(), before.actor.parameters(), agent.actor.parameters(), strict=True):
-        torch.testing.assert_close(target, old + 0.005 * (new - old))
+        torch.testing.assert_close(target, old + 0.03 * (new - old))
 
 
 def test_awac_weights_and_target():
