@@ -190,7 +190,7 @@ class Args:
     self_paced: bool = True
     """let goals grow round by round; otherwise one round of all transitions, from D_E"""
     goal_threshold: Literal["quantile", "mean"] = "quantile"
-    """confidence that makes a state a goal: above the 0.8 quantile over D_E (released code), or its mean (slides)"""
+    """confidence that makes a state a goal: above the 0.8 quantile over D_E (released code), or their mean density (slides)"""
     confidence: Literal["mode", "pre-tanh"] = "mode"
     """log density of the policy at its mode after tanh, which grows without bound where actions saturate, or before tanh"""
     expert_start_ratio: float = 0.9
@@ -1425,8 +1425,8 @@ def confident_states(actor: OfflineActor, expert: torch.Tensor, offline: torch.T
     """Which of offline [m, obs] become goals: indices [k] of those more confident than the 0.8 quantile over expert [n, obs] (or its
     mean), at most the 10 n most confident ones."""
     on_expert, on_offline = (actor.confidence(obs, args.confidence) for obs in (expert, offline))
-    threshold = on_expert.mean() if args.goal_threshold == "mean" else on_expert.quantile(0.8)
-    chosen = (on_offline > threshold).nonzero()[:, 0]
+    mean = on_expert.logsumexp(0) - math.log(len(expert))  # of densities, whose logarithm the confidence is
+    chosen = (on_offline >= mean if args.goal_threshold == "mean" else on_offline > on_expert.quantile(0.8)).nonzero()[:, 0]
     return chosen[on_offline[chosen].topk(min(len(chosen), 10 * len(expert))).indices]
 
 

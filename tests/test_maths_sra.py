@@ -262,8 +262,8 @@ def test_goals_are_above_the_quantile_and_capped():
     assert len(above) > 100 and sorted(chosen.tolist()) == above[-100:].tolist()  # the cap keeps the largest
     chosen = sra.confident_states(actor, expert, offline[:150], sra.Args())
     assert sorted(chosen.tolist()) == [i for i in above if i < 150]
-    chosen = sra.confident_states(actor, expert, offline[:90], sra.Args(goal_threshold="mean"))
-    assert sorted(chosen.tolist()) == np.flatnonzero(offline[:90, 0].numpy() > 4.5).tolist()
+    chosen = sra.confident_states(actor, expert, offline[:120], sra.Args(goal_threshold="mean"))
+    assert sorted(chosen.tolist()) == np.flatnonzero(np.exp(offline[:120, 0].numpy()) >= np.exp(np.arange(10)).mean()).tolist()
 
 
 # Rollouts
