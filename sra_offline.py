@@ -30,7 +30,7 @@ confident, and the imagined states are resampled towards those at which it is no
 --algo: sra; uds, D_E and D_S alone; romi, one round of plain reverse rollouts; forward, sra with a forward model; bc, cloning of
 D_E; dwbc, otil, demodice. --learner: iql, td3bc, awac, sac-n, for the first four. --help shows the defaults of what stands beside it.
 
-No environment step is taken but by evaluations: steps are gradient steps. In our mazes SRA is not ahead of UDS: docs/sra_offline.md says why.
+No environment step is taken but by evaluations: steps are gradient steps. Results: docs/sra_offline.md.
 """
 
 import contextlib
