@@ -1570,7 +1570,7 @@ def evaluate_mazes(actor: OfflineActor, envs: list[gym.Env], seed: list[int], st
     rng = np.random.default_rng(seed)
     envs = envs if starts is None else envs[: len(starts)]
     options = [None] * len(envs) if starts is None else [{"start": start} for start in starts]
-    obs = np.array([env.reset(seed=int(rng.integers(2**31)), options=o)[0] for env, o in zip(envs, options, strict=True)])
+    obs = first_obs = np.array([env.reset(seed=int(rng.integers(2**31)), options=o)[0] for env, o in zip(envs, options, strict=True)])
     returns, dense, success, length, done = (*np.zeros((2, len(envs))), np.zeros(len(envs), bool), 0, False)
     while not done:
         steps = [env.step(action) for env, action in zip(envs, actor.act_batch(obs), strict=True)]
@@ -1579,7 +1579,12 @@ def evaluate_mazes(actor: OfflineActor, envs: list[gym.Env], seed: list[int], st
         dense += [step[4]["dense_reward"] for step in steps]
         success |= [step[4]["success"] for step in steps]
     return dict(eval_return_mean=float(returns.mean()), eval_return_std=float(returns.std()), eval_success_rate=float(success.mean()),
-                eval_length_mean=float(length), eval_return_dense=float(dense.mean()), returns=returns)  # fmt: skip
+                eval_length_mean=float(length), eval_return_dense=float(dense.mean()), returns=returns, first_obs=first_obs)  # fmt: skip
+
+
+def without_expert(positions: np.ndarray, expert: np.ndarray) -> np.ndarray:
+    """Which positions [k, 2] have no expert state of [n, obs] within 0.5 in both directions, which is the size of a cell."""
+    return np.array([(np.abs(expert[:, :2] - position).max(1) >= 0.5).all() for position in positions])
 
 
 def normalised_score(env_id: str, value: float, kind: str = "") -> float:
@@ -1670,8 +1675,8 @@ def plot_augmentation(
     starts = np.concatenate([cells, np.zeros_like(cells)], 1)
     for piece in np.array_split(starts, math.ceil(len(starts) / len(envs))):
         returns.extend(evaluate_mazes(actor, envs, [0], piece)["returns"])
-    seen = np.array([(np.abs(raw(expert)[:, :2] - cell).max(1) < 0.5).any() for cell in cells])
-    outside = float(np.mean(np.array(returns)[~seen])) if not seen.all() else math.nan
+    far = without_expert(cells, raw(expert))
+    outside = float(np.mean(np.array(returns)[far])) if far.any() else math.nan
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5))
     states, before = thinned(imagined, 5_000), thinned(candidates, 5_000)
     for axes in (left, right):
@@ -1686,7 +1691,7 @@ def plot_augmentation(
     points = right.scatter(*cells.T, s=250, c=returns, vmin=0, cmap="viridis", marker="s", alpha=0.8)
     figure.colorbar(points, ax=right, label="return by starting cell")
     left.set_title(f"imagined states, update {path.stem.rpartition('-')[2]}")
-    right.set_title(f"where the expert was {np.mean(np.array(returns)[seen]):.0f}, elsewhere {outside:.0f}")
+    right.set_title(f"where the expert was {np.mean(np.array(returns)[~far]):.0f}, elsewhere {outside:.0f}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -1858,6 +1863,7 @@ def train(args: Args) -> dict:
     is_maze, augmenting = isinstance(eval_env.unwrapped, Maze2d), args.algo in AUGMENTING
     obs_dim, act_dim = eval_env.observation_space.shape[0], eval_env.action_space.shape[0]
     expert_rows, expert_lengths, offline_rows, offline_lengths, expert_return = load_data(eval_env, args)
+    expert_obs = expert_rows[:, :obs_dim].numpy().copy()
     envs = [make_env(args.env_id) for _ in range(args.eval_episodes)] if is_maze else []
 
     agent = OfflineAgent(obs_dim, act_dim, args).to(device)
@@ -1936,7 +1942,8 @@ def train(args: Args) -> dict:
         video = run_dir / "videos" / f"step-{at}" if args.capture_video else None
         if is_maze:
             result = evaluate_mazes(agent.actor, envs, [args.seed, 1, at])
-            del result["returns"]
+            outside = result.pop("returns")[without_expert(result.pop("first_obs")[:, :2], expert_obs)]
+            result["eval_normalized_score_outside"] = normalised_score(args.env_id, float(outside.mean()) if len(outside) else math.nan)
             result["eval_normalized_score_dense"] = normalised_score(args.env_id, result["eval_return_dense"], "-dense")
             if video:
                 evaluate(agent.actor, eval_env, 1, [args.seed, 1, at], video=video)

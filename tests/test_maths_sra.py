@@ -693,7 +693,9 @@ def test_lock_step_evaluation_is_the_sequential_one(env, maze, data_dir):
     assert result["eval_return_dense"] == pytest.approx(np.mean(dense), rel=1e-4) and result["eval_length_mean"] == 300
     assert result["eval_success_rate"] == np.mean([value > 0 for value in sparse])
     at_goal = sra.evaluate_mazes(Still(4, 2, (8,)), envs, [0], np.array([[1.0, 1, 0, 0], [3, 1, 0, 0]]))
-    assert at_goal["returns"].tolist() == [300, 0]
+    assert at_goal["returns"].tolist() == [300, 0] and np.abs(at_goal["first_obs"] - [[1, 1, 0, 0], [3, 1, 0, 0]]).max() < 0.5
+    states = np.array([[1.0, 1, 9, 9], [1, 2.4, 0, 0]])
+    assert sra.without_expert(np.array([[1.4, 1], [1.6, 1], [1, 1.8], [1.4, 2.8]]), states).tolist() == [False, True, True, False]
 
 
 class Still(sra.OfflineActor):
@@ -720,6 +722,7 @@ def test_every_method_and_learner_runs(variant, maze, tmp_path):
     for name in ("eval_return_mean", "eval_normalized_score", "eval_normalized_score_dense", "expert_return"):
         assert all(np.isfinite(float(row[name])) for row in table), name
     assert np.isfinite([float(table[-1][name]) for name in table[-1] if name.startswith("losses/") and table[-1][name]]).all()
+    assert "eval_normalized_score_outside" in table[-1]
     score = (float(table[-1]["eval_return_mean"]) - 23.85) / (161.86 - 23.85) * 100
     assert float(table[-1]["eval_normalized_score"]) == pytest.approx(score)
     start, end = (sra.load_policy(str(tmp_path))["actor"], torch.load(tmp_path / "checkpoint.pt", weights_only=True)["policy"]["actor"])
