@@ -731,19 +731,14 @@ def test_every_method_and_learner_runs(variant, maze, tmp_path):
 
 def test_robot_data_sets(tmp_path, monkeypatch, capsys):
     """D_E is bundled; D_S is made from bundled actors at the first run, medium-expert from both; a file that is there comes first."""
-    medium = torch.load(ROOT / "demos" / "experts" / "Hopper-v4.pt", weights_only=True)
-    weight = medium["actor"]["net.output.weight"]
-    weight += 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    torch.save(medium, tmp_path / "Hopper-v4-medium.pt")
-    (tmp_path / "Hopper-v4.pt").write_bytes((ROOT / "demos" / "experts" / "Hopper-v4.pt").read_bytes())
     sizes, original, folder = [], sra.load_data, tmp_path / "data"
     monkeypatch.setattr(sra, "load_data", lambda *a: [sizes.append(original(*a)), sizes[-1]][1])
     flags = [*TINY_SRA[2:], "--offline-steps", "700", "--data-dir", folder, "--total-timesteps", "20", "--warmup-steps", "5",
              "--rollout-freq", "5", "--cvae-steps", "5"]  # fmt: skip
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit), monkeypatch.context() as without_actors:
+        without_actors.setattr(sra, "ACTORS", tmp_path)
         sra.load_data(sra.make_env("Hopper-v4"), sra.parse_args([str(word) for word in ["--dataset", "hopper-medium", *flags]]))
     assert "record it with: python sac.py --env-id Hopper-v4 --record-level 0.33 --record-sampled" in capsys.readouterr().err
-    monkeypatch.setattr(sra, "ACTORS", tmp_path)
     for name in ("hopper-medium", "hopper-medium-expert"):
         run(sra, ["--dataset", name, *flags, "--run-dir", tmp_path / name])
         assert np.isfinite(float(rows(tmp_path / name)[-1]["eval_normalized_score"]))
@@ -755,7 +750,7 @@ def test_robot_data_sets(tmp_path, monkeypatch, capsys):
     inside = np.setdiff1d(np.arange(699), ends)
     np.testing.assert_array_equal(data["next_observations"][inside], data["observations"][inside + 1])
     actor = sra.Actor(11, 3, (256, 256))
-    actor.load_state_dict(torch.load(tmp_path / "Hopper-v4.pt", weights_only=True)["actor"])
+    actor.load_state_dict(torch.load(ROOT / "demos" / "experts" / "Hopper-v4.pt", weights_only=True)["actor"])
     mean = np.array([actor.act(obs) for obs in expert["observations"]])
     assert 0.01 < np.abs(mean - expert["actions"]).mean() < 0.5  # sampled around its mean
     np.savez(folder / "Hopper-v4-medium.npz", **{k: v for k, v in data.items() if k != "metadata"} | {"rewards": data["rewards"] + 1})
