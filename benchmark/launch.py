@@ -1,10 +1,11 @@
-"""Runs seeds side by side, one core each, and files their progress.csv under benchmark/results.
+"""Runs seeds side by side, one core each, and files their progress.csv (mbarl.py --offline: offline.csv) under benchmark/results.
 
     python benchmark/launch.py hyper.py --seeds 1 2 3 --parallel 2 -- --env-id Hopper-v4 --compile --bf16
 
 What stands after `--` goes to the script. A run that was interrupted goes on from its checkpoint when the same command is given
-again. `--variant` names the folder of the results where settings differ from the preset's (otherwise `--algo`, with a `--learner`
-that is not the usual one, or bco_baseline.py's own `--variant`, or the preset).
+again, an offline study after its last finished policy. `--variant` names the folder of the results where settings differ from the
+preset's (otherwise "offline", or `--algo`, with a `--learner` that is not the usual one, or bco_baseline.py's own `--variant`, or the
+preset).
 """
 
 import argparse
@@ -22,12 +23,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 NO_CHANGE = {"seed", "run_dir", "compile", "bf16", "checkpoint_every", "num_threads", "device", "track", "exp_name",
-             "total_timesteps", "data_dir"}  # fmt: skip
+             "total_timesteps", "data_dir", "offline"}  # fmt: skip
 
 
 def filed_as(args: dict) -> tuple[str, str]:
     """Names of the method and of the environment or data set under which the results of these settings stand, if no --variant is given."""
-    variant = args.get("algo") or args.get("variant") or args["preset"]
+    variant = "offline" if args.get("offline") else args.get("algo") or args.get("variant") or args["preset"]
     if args.get("learner", "iql") != "iql":
         variant += f"-{args['learner']}"
     if args["preset"] not in (variant, "default"):
@@ -52,7 +53,7 @@ def variant_of(script: str, words: list[str]) -> str:
 def launch(script: str, seed: int, words: list[str], variant: str, runs: Path, results: Path) -> tuple[int, str]:
     """One seed from start to filed result; returns the exit code and a line about it."""
     run_dir = runs / re.sub(r"[^\w.-]+", "_", " ".join([Path(script).stem, *words, variant, str(seed)]))
-    new = not (run_dir / "checkpoint.pt").exists()
+    new = not any((run_dir / name).exists() for name in ("checkpoint.pt", "offline.csv"))  # an offline study has no checkpoint
     if new:
         shutil.rmtree(run_dir, ignore_errors=True)
     argv = [*words, "--seed", str(seed), "--run-dir", str(run_dir)] if new else ["--resume", str(run_dir)]
@@ -66,7 +67,7 @@ def launch(script: str, seed: int, words: list[str], variant: str, runs: Path, r
     args = json.loads((run_dir / "args.json").read_text())["args"]
     folder = results / Path(script).stem / variant / filed_as(args)[1]
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(run_dir / "progress.csv", folder / f"seed{seed}.csv")
+    shutil.copy(run_dir / ("offline.csv" if args.get("offline") else "progress.csv"), folder / f"seed{seed}.csv")
     shutil.copy(run_dir / "args.json", folder / f"seed{seed}.json")
     return 0, f"seed {seed}: {folder / f'seed{seed}.csv'}"
 

@@ -4,10 +4,12 @@
 
 Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and benchmark/published/<script>.csv, rewrites
 docs/<script>.png, docs/ranking.png and what stands between `<!-- results <script> -->`
-(or `<!-- comparison <script> -->`) and `<!-- end -->` in README.md and docs/. Results of bco_baseline.py stand with those
+(or `<!-- comparison <script> -->`, or `<!-- offline <script> -->` for offline studies, whose picture is docs/<script>_offline.png)
+and `<!-- end -->` in README.md and docs/. Results of bco_baseline.py stand with those
 of sac_eo.py, whose experiments have a picture of their own, docs/sac_eo_experiments.png.
 Curves are interquartile means over seeds with 95% stratified bootstrap intervals (rliable, arXiv 2108.13264); with
-fewer than four seeds the interquartile mean is the plain mean. Offline scripts: means, and the least and greatest score.
+fewer than four seeds the interquartile mean is the plain mean. Normalised scores and success rates: means, and the least and
+greatest seed.
 """
 
 import csv
@@ -50,6 +52,7 @@ SEES = {
     "hype": "expert's states and actions",
     "bc": "expert's states and actions",
 }
+HOLDS = ("Tabletop-v0",)  # environments with something to grasp
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -57,11 +60,18 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def runs(script: str) -> dict[tuple[str, str], list[Path]]:
-    """Result files of a script by (environment, variant)."""
+def header(path: Path) -> list[str]:
+    with open(path) as file:
+        return next(csv.reader(file))
+
+
+def runs(script: str, studies: bool = False) -> dict[tuple[str, str], list[Path]]:
+    """Result files of a script by (environment, variant): of training runs, or of offline studies, which have no steps."""
     found: dict[tuple[str, str], list[Path]] = {}
     for name in TOGETHER.get(script, (script,)):
         for path in sorted((ROOT / "benchmark" / "results" / name).glob("*/*/seed*.csv")):
+            if studies == ("env_steps" in header(path)):
+                continue
             variant = path.parent.parent.name
             if script in TOGETHER:
                 variant = f"bco-{variant}" if name == "bco_baseline" else variant.replace("default", "sac-eo")
@@ -87,7 +97,7 @@ def curve(paths: list[Path], column: str = "eval_return_mean") -> tuple[np.ndarr
     experts = [float(table[shared[-1]]["expert_return"] or "nan") for table in tables]
     if not np.isfinite(experts).any():  # SAC knows none: that of the methods it stands beside
         beside = sorted(paths[0].parents[2].glob(f"*/{paths[0].parent.name}/seed*.csv"))
-        experts = [float(read(path)[-1]["expert_return"] or "nan") for path in beside]
+        experts = [float(read(path)[-1].get("expert_return") or "nan") for path in beside]
     expert = next((expert for expert in experts if np.isfinite(expert)), np.nan)
     return np.array(shared), np.array(returns), expert, float(minutes)
 
@@ -122,16 +132,16 @@ def iqm(returns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def published(script: str) -> dict[str, list[dict[str, str]]]:
-    """Rows of the published curves by environment (without its version); with a column `variant` where there are several."""
+    """Rows of the published curves by environment (robots: unversioned) or data set; with a column `variant` where there are several."""
     path, found = ROOT / "benchmark" / "published" / f"{script}.csv", {}
     for row in read(path) if path.exists() else []:
         found.setdefault(row["env"], []).append(row)
     return found
 
 
-def is_offline(script: str) -> bool:
-    """Whether this script's results are normalised scores by gradient steps."""
-    return any("eval_normalized_score" in read(paths[0])[0] for paths in runs(script).values())
+def measures(script: str, column: str) -> bool:
+    """Whether this script's results have such a column."""
+    return any(column in header(paths[0]) for paths in runs(script).values())
 
 
 def score_table(script: str) -> str:
@@ -156,24 +166,123 @@ def score_table(script: str) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def score_picture(script: str) -> None:
-    """Scores by gradient steps, one panel for each data set; published ones are dots at the right edge."""
-    results = runs(script)
+def score_picture(
+    script: str,
+    column: str = "eval_normalized_score",
+    steps_of: str = "gradient steps",
+    ylabel: str = "normalised score (dots: published)",
+    full: float = 100,
+) -> None:
+    """Scores by steps, one panel for each environment or data set; published ones are dots at the right edge, or at their steps."""
+    results, theirs = runs(script), published(script)
     envs, variants = (list(dict.fromkeys(key[i] for key in results)) for i in (0, 1))
-    colors = dict(zip(variants, [plt.get_cmap("tab20")(i) for i in range(20)], strict=False))
+    names = dict.fromkeys([*variants, *(row["variant"] for rows in theirs.values() for row in rows)])
+    colors = {variant: plt.get_cmap("tab20" if len(names) > 10 else "tab10")(i % 20) for i, variant in enumerate(names)}
     figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 3.6), squeeze=False, layout="constrained")
     for ax, env_id in zip(axes[0], envs, strict=True):
         for variant in (variant for variant in variants if (env_id, variant) in results):
-            steps, scores, *_ = curve(results[env_id, variant], "eval_normalized_score")
+            steps, scores, *_ = curve(results[env_id, variant], column)
             ax.plot(steps / 1_000, scores.mean(0), color=colors[variant], label=f"{variant}, {len(scores)} seed{'s' * (len(scores) > 1)}")
             ax.fill_between(steps / 1_000, scores.min(0), scores.max(0), alpha=0.15, color=colors[variant], lw=0)
-            for row in published(script).get(env_id, []):
-                if row["variant"] == variant and row["reward"] != "dense":
+            for row in theirs.get(env_id, []):
+                if row["variant"] == variant and row.get("reward", "dense") != "dense":
                     ax.plot(1.03 * steps[-1] / 1_000, float(row["score"]), "o", color=colors[variant], ms=5, clip_on=False)
-        ax.set(title=env_id, xlabel="thousand gradient steps", ylabel="normalised score (dots: published)")
-        ax.axhline(100, color="grey", lw=0.8)
+        seen = [row for row in theirs.get(env_id, []) if "k_steps" in row and float(row["k_steps"]) <= ax.get_xlim()[1]]
+        for variant in dict.fromkeys(row["variant"] for row in seen):
+            at = [(float(row["k_steps"]), float(row["success"])) for row in seen if row["variant"] == variant]
+            ax.plot(*zip(*at, strict=True), "o--", color=colors[variant], lw=0.8, ms=4, label=f"{variant}, published")
+        ax.set(title=env_id, xlabel=f"thousand {steps_of}", ylabel=ylabel)
+        ax.axhline(full, color="grey", lw=0.8)
         ax.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     figure.savefig(ROOT / "docs" / f"{script}.png", dpi=130)
+    plt.close(figure)
+
+
+def success_table(script: str) -> str:
+    """Markdown rows of the deployed policy's success, one for each environment and method, and of what the life without resets gave."""
+    levels, quarters = (0.5, 0.9), (0.25, 0.5, 0.75, 1)
+    head = ["environment", "method", "seeds", "env steps", "success: last ten evaluations, each seed",
+            "mean of seeds after a quarter, half, three quarters and all of these steps",
+            *(f"mean of seeds first at {level}" for level in levels), "final distance", "grasp rate", "reward a step", "interventions",
+            "minutes a run"]  # fmt: skip
+    lines = [head, ["---"] * len(head)]
+    for (env_id, variant), paths in ((key, some) for key, seeds in runs(script).items() for some in stretches(seeds)):
+        steps, success, _, minutes = curve(paths, "eval_success_rate")
+        mean = success.mean(0)
+        row = [env_id, variant, f"{len(paths)}", f"{steps[-1]:,}", ", ".join(f"{x:.2f}" for x in success[:, -10:].mean(1))]
+        row.append(", ".join(f"{mean[np.abs(steps - quarter * steps[-1]).argmin()]:.2f}" for quarter in quarters))
+        reached = [steps[mean > level - 1e-6] for level in levels]  # files have a share of 0.9 as 0.8999999761581421
+        row += [f"{some[0]:,}" if len(some) else "-" for some in reached]
+        last = {name: curve(paths, name)[1][:, -1].mean() for name in ("eval_final_distance", "eval_grasp_rate",
+                "charts/reward_per_step", "charts/interventions")}  # fmt: skip
+        row += [f"{last['eval_final_distance']:.2f}", f"{last['eval_grasp_rate']:.2f}" if env_id in HOLDS else "-"]
+        row += [f"{last['charts/reward_per_step']:.4f}", f"{last['charts/interventions']:.0f}", f"{minutes:.0f}"]
+        lines.append(row)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def study(paths: list[Path]) -> dict[tuple[str, int, int], list[dict[str, str]]]:
+    """The seeds' rows of an offline study by (start, size, rollout length)."""
+    found: dict[tuple[str, int, int], list[dict[str, str]]] = {}
+    for row in (row for path in paths for row in read(path)):
+        found.setdefault((row["start"], int(row["size"]), int(row["rollout_length"])), []).append(row)
+    return found
+
+
+def rows_of(cells: dict[tuple[str, int, int], list]) -> tuple[list[str], list[int]]:
+    """The starts, as they come, and the sizes of offline studies."""
+    return list(dict.fromkeys(start for start, _, _ in cells)), sorted({size for _, size, _ in cells})
+
+
+def study_table(script: str) -> str:
+    """Markdown rows of offline studies, one for each size of the data, with the return (and success rate) at each length of the imagined
+    rollouts; then the model's open-loop error after as many steps, which the starts share. Means of seeds."""
+    found = {key: study(paths) for key, paths in runs(script, studies=True).items()}
+    lengths = sorted({length for cells in found.values() for *_, length in cells})
+    head = ["environment", "variant", "start", "size", "seeds", *(f"{n} steps" for n in lengths)]
+    lines = [head, ["---"] * len(head)]
+    for (env_id, variant), cells in found.items():
+        starts, sizes = rows_of(cells)
+        for start, size in ((start, size) for start in starts for size in sizes):
+            row, seeds = [], set()
+            for rows in (cells.get((start, size, n), []) for n in lengths):
+                value, rate = (np.mean([float(r[f"eval_{name}"]) for r in rows] or [np.nan]) for name in ("return_mean", "success_rate"))
+                row.append(f"{value:.1f} ({rate:.2f})" if rows else "-")
+                seeds |= {r["seed"] for r in rows}
+            lines.append([env_id, variant, start, f"{size:,}", f"{len(seeds)}", *row])
+        for size in sizes:
+            models = {r["seed"]: r for (_, of, _), rows in cells.items() if of == size for r in rows}.values()
+            errors = [[float(r[f"error_{n}_steps"]) for r in models if f"error_{n}_steps" in r] for n in lengths]
+            row = [f"{np.mean(some):.3f}" if some else "-" for some in errors]
+            lines.append([env_id, variant, "the model's error", f"{size:,}", f"{len(models)}", *row])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def study_picture(script: str) -> None:
+    """Returns by length of the imagined rollouts, a line for each size of the data; a panel for each environment and start."""
+    found = {key: study(paths) for key, paths in runs(script, studies=True).items()}
+    starts, sizes = rows_of({cell: rows for cells in found.values() for cell, rows in cells.items()})
+    shape = len(found), len(starts)
+    figure, axes = plt.subplots(
+        *shape, figsize=(3.9 * shape[1], 3.3 * shape[0]), squeeze=False, sharex="row", sharey="row", layout="constrained"
+    )
+    for line, ((env_id, variant), cells) in zip(axes, found.items(), strict=True):
+        for ax, start in zip(line, starts, strict=True):
+            for color, size in enumerate(sizes):
+                lengths = sorted(n for of, some, n in cells if (of, some) == (start, size))
+                returns = [[float(row["eval_return_mean"]) for row in cells[start, size, n]] for n in lengths]
+                if lengths:
+                    seeds = max(map(len, returns))
+                    label = f"{size:,} transitions, {seeds} seed{'s' * (seeds > 1)}"
+                    ax.plot(lengths, [np.mean(some) for some in returns], "o-", color=f"C{color}", ms=4, label=label)
+                    ax.fill_between(lengths, [*map(min, returns)], [*map(max, returns)], alpha=0.15, color=f"C{color}", lw=0)
+            ax.set(title=f"{env_id}, {variant}: {start} starts", xlabel="steps of an imagined rollout", ylabel="return")
+            ax.title.set_fontsize(8)
+            if ax.lines:
+                ax.legend(fontsize=6)
+            else:
+                ax.set_axis_off()
+    figure.savefig(ROOT / "docs" / f"{script}_offline.png", dpi=130)
     plt.close(figure)
 
 
@@ -395,18 +504,25 @@ def main() -> None:
     ranking()
     elsewhere = {name for script, names in TOGETHER.items() for name in names if name != script}
     names = {path.name for path in (ROOT / "benchmark" / "results").iterdir()} | set(TOGETHER)
-    for script in sorted(name for name in names - elsewhere if runs(name)):
-        for path in (path for paths in runs(script).values() for path in paths):
+    for script in sorted(name for name in names - elsewhere if runs(name) or runs(name, studies=True)):
+        pieces, studies = [], runs(script, studies=True)
+        for path in (path for found in (runs(script), studies) for paths in found.values() for path in paths):
             about = json.loads(path.with_suffix(".json").read_text())["args"]
             assert filed_as(about)[1] == path.parent.name, f"{path}: its settings are of {filed_as(about)[1]}"
-        if is_offline(script):
+        if measures(script, "eval_normalized_score"):
             score_picture(script)
             pieces = [("results", score_table(script))]
-        else:
+        elif measures(script, "charts/interventions"):
+            score_picture(script, "eval_success_rate", "env steps", "success rate (dashed: published)", full=1)
+            pieces = [("results", success_table(script))]
+        elif runs(script):
             picture(script)
             if script in EXPERIMENTS:
                 experiment_picture(script)
             pieces = [("results", table(script)), ("comparison", comparison(script))]
+        if studies:
+            study_picture(script)
+            pieces.append(("offline", study_table(script)))
         for kind, lines in pieces:
             for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
                 mark = re.compile(rf"(<!-- {kind} {script} -->\n).*?(<!-- end -->)", re.S)

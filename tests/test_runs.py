@@ -688,6 +688,10 @@ def test_hype_imitates(tmp_path, demos):
     ("sra_offline.py", "--dataset hopper-medium-expert --learner td3bc", ("sra-td3bc", "hopper-medium-expert")),
     ("sra_offline.py", "--dataset maze2d-large --algo romi --preset paper", ("romi-paper", "maze2d-large")),
     ("sra_offline.py", "--dataset maze2d-large --rollout-length 9", None),
+    ("mbarl.py", "--env-id Tabletop-v0 --algo medal", ("medal", "Tabletop-v0")),
+    ("mbarl.py", "--env-id PointMass2D-v0 --offline", ("offline", "PointMass2D-v0")),
+    ("mbarl.py", "--env-id PointMass2D-v0 --offline --offline-updates 20", None),
+    ("mbarl.py", "--env-id PointMass2D-v0 --reward analytic", None),
 ])  # fmt: skip
 def test_launcher_names_results_by_their_settings(script, words, filed, capsys):
     from benchmark import launch
@@ -716,6 +720,39 @@ def test_launcher_files_each_seed_and_goes_on_where_one_stopped(tmp_path):
         refused = [*argv[: argv.index("--total-timesteps") + 1], *words]
         result = subprocess.run([str(word) for word in refused], env=environment(), capture_output=True, text=True, cwd=ROOT)
         assert result.returncode == 1 and complaint in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("variant,folder", [([], "offline"), (["--variant", "offline-tiny"], "offline-tiny")])
+def test_launcher_files_an_offline_study_and_goes_on_where_it_stopped(tmp_path, monkeypatch, variant, folder):
+    """With a study in the place of mbarl.py's that is told to stop after its first policy, and then finishes."""
+    from benchmark import launch
+
+    words, commands, original = ["--env-id", "PointMass2D-v0", "--offline"], [], subprocess.run
+
+    def study(argv, **options):
+        if argv[0] != sys.executable:
+            return original(argv, **options)
+        commands.append(argv[2:])
+        args = mbarl.parse_args(argv[2:])
+        path = mbarl.make_run_dir(args) / "offline.csv"
+        path.write_text((path.read_text() if args.resume else "size\n") + f"{len(commands)}\n")
+        return subprocess.CompletedProcess(argv, 130 if len(commands) == 1 else 0)
+
+    monkeypatch.setattr(launch.subprocess, "run", study)
+    argv = ["launch.py", "mbarl.py", "--seeds", "7", "--runs", tmp_path / "runs", "--results", tmp_path / "results", *variant, "--", *words]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+    place = tmp_path / "results" / "mbarl" / folder / "PointMass2D-v0"
+    for code in (1, 0):
+        assert not place.exists()
+        with pytest.raises(SystemExit) as left:
+            launch.main()
+        assert left.value.code == code
+    run_dir = commands[0][-1]
+    assert commands == [[*words, "--seed", "7", "--run-dir", run_dir], ["--resume", run_dir]]
+    assert (place / "seed7.csv").read_text() == "size\n1\n2\n" and sorted(path.name for path in place.iterdir()) == [
+        "seed7.csv",
+        "seed7.json",
+    ]
 
 
 def test_tensorboard_keeps_all_points_of_a_resumed_run(tmp_path):
