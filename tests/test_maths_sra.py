@@ -847,8 +847,8 @@ def test_it_learns(algo, demos, tmp_path):
 # Wrong input
 WRONG = [
     (["--dataset", "maze2d-huge"], r"--dataset maze2d-huge: unknown. Known: maze2d-umaze, .*ant-medium-expert, minari:ID"),
-    (["--dataset", "hopper-medium", "--data-dir", "nowhere"],
-     r"nowhere/Hopper-v4-medium.npz: no such file; record it with: python sac.py --env-id Hopper-v4 --record-level 0.33"),
+    (["--dataset", "hopper-medium", "--offline-data", "nowhere/my.npz"],
+     r"nowhere/my.npz: no such file; record it with: python sac.py --env-id Hopper-v4 --record-level 0.33"),
     (["--dataset", "minari:no/such-v0"], r"give --env-id and --demos"),
     ([*POINT], r"data of your own need --demos PATH too"),
     (["--algo", "bc", "--learner", "awac"], r"--algo bc has no value learner"),
