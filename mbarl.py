@@ -1336,6 +1336,7 @@ def evaluate_goals(actor: Actor, world: GoalEnv, episodes: int, horizon: int, se
         held |= world.held(state)
     return dict(eval_return_mean=float(returns.mean()), eval_return_std=float(returns.std(correction=0)),
                 eval_success_rate=float(success.float().mean()), eval_grasp_rate=float(held.float().mean()),
+                eval_success_at_end=float(world.success(state, goal).float().mean()),
                 eval_final_distance=float(world.distance(state, goal).mean()))  # fmt: skip
 
 

@@ -203,7 +203,8 @@ def success_table(script: str) -> str:
     levels, quarters = (0.5, 0.9), (0.25, 0.5, 0.75, 1)
     head = ["environment", "method", "seeds", "env steps", "success: last ten evaluations, each seed",
             "mean of seeds after a quarter, half, three quarters and all of these steps",
-            *(f"mean of seeds first at {level}" for level in levels), "final distance", "grasp rate", "reward a step", "interventions",
+            *(f"mean of seeds first at {level}" for level in levels), "at 0.9 or above from", "success at the end of an episode: last ten",
+            "final distance", "grasp rate", "reward a step", "interventions",
             "minutes a run"]  # fmt: skip
     lines = [head, ["---"] * len(head)]
     for (env_id, variant), paths in ((key, some) for key, seeds in runs(script).items() for some in stretches(seeds)):
@@ -213,6 +214,9 @@ def success_table(script: str) -> str:
         row.append(", ".join(f"{mean[np.abs(steps - quarter * steps[-1]).argmin()]:.2f}" for quarter in quarters))
         reached = [steps[mean > level - 1e-6] for level in levels]  # files have a share of 0.9 as 0.8999999761581421
         row += [f"{some[0]:,}" if len(some) else "-" for some in reached]
+        below = np.flatnonzero(mean <= levels[-1] - 1e-6)
+        lasting = steps[below[-1] + 1 if len(below) else 0 :]
+        row += [f"{lasting[0]:,}" if len(lasting) else "-", f"{curve(paths, 'eval_success_at_end')[1][:, -10:].mean():.2f}"]
         last = {name: curve(paths, name)[1][:, -1].mean() for name in ("eval_final_distance", "eval_grasp_rate",
                 "charts/reward_per_step", "charts/interventions")}  # fmt: skip
         row += [f"{last['eval_final_distance']:.2f}", f"{last['eval_grasp_rate']:.2f}" if env_id in HOLDS else "-"]

@@ -425,19 +425,21 @@ def test_lock_step_evaluation_is_that_of_single_episodes_in_the_environment(env_
     world = mbarl.make_world(mbarl.Args(env_id=env_id))
     actor = mbarl.Actor(world.observation_space.shape[0], world.act_dim, (8,))
     ours = mbarl.evaluate_goals(actor, world, 5, 60, [1, 2])
-    returns, distances, held, success = [], [], [], []
+    returns, distances, held, success, at_end = [], [], [], [], []
     for start, k in zip(world.initial(5, np.random.default_rng([1, 2])), range(5), strict=True):
         world.reset(seed=0)
         world.state, world.goal = start, world.goals[k % len(world.goals)]
         steps = [(*world.step(actor.act(world.observation())), world.held(world.state).item()) for _ in range(60)]
         returns.append(sum(step[1] for step in steps))
         success.append(any(step[4]["is_success"] for step in steps))
+        at_end.append(steps[-1][4]["is_success"])
         held.append(any(step[5] for step in steps))
         distances.append(world.distance(world.state, world.goal).item())
     assert ours["eval_return_mean"] == pytest.approx(np.mean(returns), rel=1e-4)
     assert ours["eval_return_std"] == pytest.approx(np.std(returns), rel=1e-2, abs=1e-5)
     assert ours["eval_final_distance"] == pytest.approx(np.mean(distances), rel=1e-4)
     assert (ours["eval_success_rate"], ours["eval_grasp_rate"]) == (np.mean(success), np.mean(held))
+    assert ours["eval_success_at_end"] == np.mean(at_end)
 
 
 class Scripted(mbarl.Actor):
@@ -454,7 +456,18 @@ class Scripted(mbarl.Actor):
 def test_an_expert_is_successful():
     result = mbarl.evaluate_goals(Scripted(12, 3, (8,)), mbarl.Tabletop(), 4, 150, [0])
     assert result["eval_success_rate"] == result["eval_grasp_rate"] == 1 and result["eval_final_distance"] < 0.13
-    assert result["eval_return_mean"] > 4  # it stays
+    assert result["eval_return_mean"] > 4 and result["eval_success_at_end"] == 1  # it stays
+
+
+class FullThrottle(mbarl.Actor):
+    def forward(self, obs, noise):
+        return torch.ones(len(obs), 2), None
+
+
+def test_flying_through_the_goal_is_success_but_not_at_the_end():
+    result = mbarl.evaluate_goals(FullThrottle(6, 2, (8,)), mbarl.PointMass2D(), 4, 100, [0])
+    assert (result["eval_success_rate"], result["eval_success_at_end"]) == (1, 0)
+    assert result["eval_final_distance"] == pytest.approx(0.2 * 2**0.5)  # in the corner behind it
 
 
 # ------------------------------------------------------------------------------------------- whole runs

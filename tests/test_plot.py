@@ -131,6 +131,7 @@ def file_autonomous(file_result):
         last = {"eval_final_distance": distance, "eval_grasp_rate": grasps, "charts/reward_per_step": reward}
         last["charts/interventions"] = interventions
         more = {name: [9.0] * (len(success) - 1) + [value] for name, value in last.items()}
+        more["eval_success_at_end"] = [rate / 2 for rate in success]
         file_result("mbarl", variant, env_id, seed, success, expert="nan", column="eval_success_rate", **more)
 
     return file
@@ -159,10 +160,10 @@ def test_success_of_the_autonomous_arms(file_autonomous, file_study):
     file_study(1, [(200, 2, "narrow", 1, 1, 1)], env_id="Tabletop-v0")
     table = plot.success_table("mbarl")
     assert cells(table, "Tabletop-v0", "mbarl")[2:] == [
-        "2", "40", "0.54, 0.66", "0.12, 0.50, 0.90, 0.88", "20", "30", "0.30", "0.25", "0.0016", "2", "4"
+        "2", "40", "0.54, 0.66", "0.12, 0.50, 0.90, 0.88", "20", "30", "-", "0.30", "0.30", "0.25", "0.0016", "2", "4"
     ]  # fmt: skip
-    assert cells(table, "Tabletop-v0", "oracle")[4:10] == ["0.10", "0.10, 0.10, 0.10, 0.10", "-", "-", "0.50", "0.00"]
-    assert cells(table, "PointMass2D-v0", "naive")[6:10] == ["10", "-", "0.50", "-"]  # it has nothing to hold
+    assert cells(table, "Tabletop-v0", "oracle")[4:12] == ["0.10", "0.10, 0.10, 0.10, 0.10", "-", "-", "-", "0.05", "0.50", "0.00"]
+    assert cells(table, "PointMass2D-v0", "naive")[6:12] == ["10", "-", "-", "0.30", "0.50", "-"]  # it has nothing to hold
     assert len(table.splitlines()) == 5 and "offline" not in table
 
 
@@ -171,6 +172,13 @@ def test_autonomous_arms_that_went_further_have_their_own_row(file_autonomous):
     file_autonomous("medal", "Tabletop-v0", 2, [0.0, 0.5, 1.0])
     rows = [line.split(" | ") for line in plot.success_table("mbarl").splitlines() if "medal" in line]
     assert [(row[2], row[3], row[7]) for row in rows] == [("2", "20", "-"), ("1", "30", "30")]
+
+
+def test_from_when_on_success_lasts(file_autonomous):
+    file_autonomous("mbarl", "Tabletop-v0", 1, [0.0, 1.0, 0.5, 0.9, 0.9])
+    file_autonomous("medal", "Tabletop-v0", 1, [0.9, 1.0, 1.0])
+    table = plot.success_table("mbarl")
+    assert cells(table, "Tabletop-v0", "mbarl")[7:9] == ["20", "40"] and cells(table, "Tabletop-v0", "medal")[8] == "10"
 
 
 def test_picture_of_success_beside_what_is_published(file_autonomous, monkeypatch, tmp_path):
