@@ -103,7 +103,7 @@ class Args:
     num_demos: int = 12
     """scripted forward demonstrations, the goals in turn (point mass: 10)"""
     backward_demos: int = 12
-    """scripted backward demonstrations (point mass: 0)"""
+    """scripted backward demonstrations (point mass: 10)"""
     switch_steps: int = 200
     """longest phase of a policy; oracle: longest episode (MEDAL's configs: 300; point mass: 100)"""
     switch_terminal: bool = False
@@ -128,8 +128,8 @@ class Args:
     """Adam step size of the critics"""
     alpha_lr: float = 3e-4
     """Adam step size of log alpha"""
-    alpha: float = 1.0
-    """initial temperature; stays there without --autotune (point mass: 0.1)"""
+    alpha: float = 0.01
+    """initial temperature; stays there without --autotune (point mass: 0.1; MEDAL: 1, with which the tabletop is not learned for long)"""
     autotune: bool = True
     """learn alpha towards the target entropy"""
     target_entropy: float | None = None
@@ -143,7 +143,7 @@ class Args:
     reward_scale: float = 10.0
     """factor of every reward that a policy learns from (point mass: 1)"""
     updates_per_step: int = 2
-    """gradient steps of the acting policy after each env step, the same for every --algo (MEDAL: 1)"""
+    """gradient steps of the acting policy after each env step, the same for every --algo (MEDAL: 1; point mass: 10)"""
 
     # Classifier, the backward policy's reward
     classifier_hidden: int = 128
@@ -260,15 +260,15 @@ class Args:
 
 # Flags on the command line beat these. Keys are env ids; "*" applies to every environment.
 _POINT = dict(
-    num_demos=10, backward_demos=0, switch_steps=100, eval_horizon=100, reward="learned", classifier_goal=False, reward_scale=1.0,
-    total_timesteps=20_000, seed_steps=300, eval_every=500, gamma=0.95, tau=0.02, alpha=0.1, actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
-    hidden_sizes=(64, 64), batch_size=128, model_hidden_sizes=(64, 64), model_batch_size=128, model_every=250, model_first_batches=300,
-    model_max_batches=50, rollouts=500, rollout_growth=1_000,
+    num_demos=10, backward_demos=10, switch_steps=100, eval_horizon=100, reward="learned", classifier_goal=False, reward_scale=1.0,
+    total_timesteps=5_000, seed_steps=100, eval_every=100, gamma=0.95, tau=0.02, alpha=0.1, actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
+    hidden_sizes=(64, 64), batch_size=128, model_hidden_sizes=(64, 64), model_batch_size=128, model_every=50, model_first_batches=300,
+    model_max_batches=50, rollouts=200, rollout_length=20, rollout_growth=0, real_share=0.1, updates_per_step=10,
 )  # fmt: skip
 _PAPER = dict(
     total_timesteps=2_500_000, seed_steps=10_000, switch_steps=300, switch_terminal=True, classifier_batch=400, updates_per_step=20,
     model_every=250, model_rows=0, model_first_batches=0, model_max_batches=0, rollouts=100_000, rollout_length=25, rollout_growth=100_000,
-    real_share=0.05, eval_every=10_000, eval_episodes=10, checkpoint_every=100_000,
+    real_share=0.05, alpha=1.0, eval_every=10_000, eval_episodes=10, checkpoint_every=100_000,
 )  # fmt: skip
 _MAZE = dict(num_demos=10, backward_demos=10, switch_steps=300, eval_horizon=300)
 PRESETS: dict[str, dict[str, dict]] = {

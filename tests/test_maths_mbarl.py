@@ -726,6 +726,7 @@ def test_presets_are_the_documented_settings():
         12,
         10,
     )
-    assert (point.reward, point.switch_steps, point.num_demos, point.backward_demos, point.eval_horizon) == ("learned", 100, 10, 0, 100)
+    assert (point.reward, point.switch_steps, point.num_demos, point.backward_demos, point.eval_horizon) == ("learned", 100, 10, 10, 100)
+    assert (default.alpha, point.alpha, paper.alpha) == (0.01, 0.1, 1.0)
     assert (paper.total_timesteps, paper.updates_per_step, paper.rollouts, paper.rollout_length) == (2_500_000, 20, 100_000, 25)
     assert paper.switch_terminal and not default.switch_terminal and gym.spec("Tabletop-v0").max_episode_steps == default.eval_horizon
