@@ -24,7 +24,7 @@ TINY_SRA = ["--offline-steps", "6000", *TINY, "--batch-size", "32", "--model-hid
             "--model-members", "2", "--cvae-hidden-sizes", "16", "16", "--aug-size", "300"]  # fmt: skip
 TINY_MBARL = [*TINY, "--model-hidden-sizes", "16", "16", "--model-every", "40", "--model-first-batches", "20", "--model-max-batches", "5",
               "--seed-steps", "40", "--rollouts", "16", "--num-demos", "4", "--backward-demos", "4", "--classifier-batch", "16",
-              "--switch-steps", "20", "--eval-horizon", "20"]  # fmt: skip
+              "--switch-steps", "20", "--eval-horizon", "20", "--updates-per-step", "2"]  # fmt: skip
 POINT = ["--env-id", "tests.pointmass:PointMass-v0"]
 
 
