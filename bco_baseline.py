@@ -452,7 +452,7 @@ def load_minari(name: str) -> dict[str, np.ndarray]:
     try:
         episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
     except Exception as error:  # what a failed download raises depends on the storage behind it
-        fail(f"--demos minari:{name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        fail(f"minari:{name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
     def flat(obs) -> np.ndarray:
         return np.concatenate([flat(obs[key]) for key in sorted(obs)], -1) if isinstance(obs, dict) else np.asarray(obs)

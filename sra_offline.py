@@ -346,7 +346,8 @@ def check_args(args: Args) -> None:
         return
     known = [name for name in PRESETS["paper"] if name.startswith(("maze2d", *_ROBOTS))]
     if args.dataset not in ("own", *known) and not args.dataset.startswith("minari:"):
-        fail(f"--dataset {args.dataset}: unknown. Known: {', '.join(known)}, minari:ID")
+        near = difflib.get_close_matches(args.dataset, known, 1)
+        fail(f"--dataset {args.dataset}: unknown. Known: {', '.join(known)}, minari:ID" + (f"; do you mean {near[0]}?" if near else ""))
     if not args.env_id:
         fail(f"--dataset {args.dataset}: give --env-id and --demos, where and what the expert did")
     for flag, path in zip(("--demos", "--offline-data"), sources(args), strict=True):
@@ -357,7 +358,7 @@ def check_args(args: Args) -> None:
     if args.algo == "romi" and (args.self_paced or args.resample):
         fail("--algo romi has neither --self-paced nor --resample: take --algo sra")
     if args.algo in AUGMENTING and args.warmup_steps >= args.total_timesteps:
-        fail(f"--warmup-steps {args.warmup_steps}: no round of rollouts in {args.total_timesteps} steps")
+        fail(f"--warmup-steps {args.warmup_steps}: no round of rollouts in {args.total_timesteps} steps; give fewer, or 0")
     if args.algo in AUGMENTING and args.aug_size // rounds_of(args) < args.rollout_length:
         fail(f"--aug-size {args.aug_size}: less than one rollout of {args.rollout_length} steps in each of {rounds_of(args)} rounds")
     if args.plot_augmentation and (args.algo not in AUGMENTING or not args.env_id.startswith("maze2d-")):
@@ -501,7 +502,7 @@ def load_minari(name: str) -> dict[str, np.ndarray]:
     try:
         episodes = list(minari.load_dataset(name, download=True).iterate_episodes())
     except Exception as error:  # what a failed download raises depends on the storage behind it
-        fail(f"--demos minari:{name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
+        fail(f"minari:{name}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
     def flat(obs) -> np.ndarray:
         return np.concatenate([flat(obs[key]) for key in sorted(obs)], -1) if isinstance(obs, dict) else np.asarray(obs)
@@ -673,6 +674,8 @@ def generated(part: Literal["expert", "medium", "offline"], args: Args) -> Path:
             data, about = maze_data(maze, part, steps, args.offline_noise, args.data_seed), dict(actor="waypoint controller")
         else:
             actor = actor_file(args.env_id, part)
+            if not actor.exists():
+                fail(f"{actor}: no such file; {args.dataset} needs this repository's actors in demos/experts beside {SCRIPT}")
             data, about = robot_data(load_policy(str(actor)), args.offline_steps, args.data_seed), dict(actor=actor.name)
         about |= dict(env_id=args.env_id, seed=args.data_seed, noise=args.offline_noise * (part == "offline"))
         own = path.with_suffix(f".{os.getpid()}")  # several seeds may start at once
@@ -718,7 +721,8 @@ def load_transitions(source: str, flag: str, part: Literal["expert", "offline"],
         source = str(generated(source.partition(" ")[2] or part, args))
     if part == "offline" and not source.startswith("minari:") and not Path(source).exists():
         level = f"--env-id {args.env_id} --record-level 0.33 --record-sampled --record-demos {source} --record-episodes 100"
-        fail(f"{where} no such file" + (f"; record it with: python sac.py {level}" if args.dataset != "own" else ""))
+        hint = "" if args.offline_data else f"; train an actor and record it with: python sac.py {level}"
+        fail(f"{where} no such file{hint}")
     data = load_minari(source[7:]) if source.startswith("minari:") else load_npz(source)
     if source.startswith("minari:D4RL/pointmaze/") and isinstance(env.unwrapped, Maze2d):
         for name in ("observations", "next_observations"):  # achieved goal, desired goal, observation
@@ -1924,7 +1928,9 @@ def train(args: Args) -> dict:
         restore(checkpoint, parts)
     stop, total = StopSignal(), args.total_timesteps
     about = f"{args.algo} on {args.dataset if args.dataset != 'own' else args.env_id}"
-    tqdm.write(f"{SCRIPT}: {about}, {len(expert)} + {len(offline)} transitions, run folder {run_dir}", file=sys.stderr)
+    names = [source if source.startswith("minari:") else Path(source).name for source in sources(args)]
+    sizes = f"{len(expert)} expert transitions ({names[0]}), {len(offline)} others ({names[1]})"
+    tqdm.write(f"{SCRIPT}: {about}, {sizes}, run folder {run_dir}", file=sys.stderr)
 
     candidates = all_rows[:0, :obs_dim]  # of the newest round, for a picture
 
@@ -2071,7 +2077,9 @@ def train(args: Args) -> dict:
     if stop.received:
         print(f"{SCRIPT}: stopped at update {counters['updates']}; continue with: python {SCRIPT} --resume {run_dir}", file=sys.stderr)
         raise SystemExit(128 + stop.received)
-    print(f"{SCRIPT}: done, the policy is {run_dir / 'policy.pt'}", file=sys.stderr)
+    score, result = log.rows[-1]["eval_normalized_score"], f"return {log.rows[-1]['eval_return_mean']:.1f}"
+    result += f", normalised score {score:.1f}" if math.isfinite(score) else ""
+    print(f"{SCRIPT}: done, last evaluation: {result}; the policy is {run_dir / 'policy.pt'}", file=sys.stderr)
     return log.rows[-1]
 
 

@@ -848,7 +848,8 @@ def test_it_learns(algo, demos, tmp_path):
 WRONG = [
     (["--dataset", "maze2d-huge"], r"--dataset maze2d-huge: unknown. Known: maze2d-umaze, .*ant-medium-expert, minari:ID"),
     (["--dataset", "hopper-medium", "--offline-data", "nowhere/my.npz"],
-     r"nowhere/my.npz: no such file; record it with: python sac.py --env-id Hopper-v4 --record-level 0.33"),
+     r"nowhere/my.npz: no such file$"),
+    (["--dataset", "hopper-medium-v2"], r"; do you mean hopper-medium\?"),
     (["--dataset", "minari:no/such-v0"], r"give --env-id and --demos"),
     ([*POINT], r"data of your own need --demos PATH too"),
     (["--algo", "bc", "--learner", "awac"], r"--algo bc has no value learner"),
