@@ -42,6 +42,7 @@ EXPERIMENTS = {
         "on a GPU": ("sac-eo", "gpu", "sac"),
     }
 }
+DRAWN = {"sra_offline": {"sra", "uds", "romi", "bc", "dwbc", "otil", "demodice"}}  # the others stand in tables
 BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods
 SEES = {
     "sac": "reward",
@@ -174,7 +175,9 @@ def score_picture(
     full: float = 100,
 ) -> None:
     """Scores by steps, one panel for each environment or data set; published ones are dots at the right edge, or at their steps."""
-    results, theirs = runs(script), published(script)
+    results, theirs = {key: paths for key, paths in runs(script).items() if key[1] in DRAWN.get(script, {key[1]})}, published(script)
+    if not results:
+        return
     envs, variants = (list(dict.fromkeys(key[i] for key in results)) for i in (0, 1))
     names = dict.fromkeys([*variants, *(row["variant"] for rows in theirs.values() for row in rows)])
     colors = {variant: plt.get_cmap("tab20" if len(names) > 10 else "tab10")(i % 20) for i, variant in enumerate(names)}

@@ -107,7 +107,7 @@ def test_picture_of_the_experiments(file_result, monkeypatch, tmp_path):
     assert len(titles) == 16 and not any(titles[4:8] + titles[10:])
 
 
-def test_offline_scores_at_the_end_and_over_the_last_third(file_result, tmp_path):
+def test_offline_scores_at_the_end_and_over_the_last_third(file_result, monkeypatch, tmp_path):
     offline = dict(column="eval_normalized_score", count="updates", expert="")
     dense = {"eval_normalized_score_dense": [1, 2, 3, 4, 50, 70]}
     file_result("sra_offline", "sra", "maze2d-umaze", 1, [0, 10, 20, 30, 80, 100], **offline, **dense)
@@ -119,8 +119,12 @@ def test_offline_scores_at_the_end_and_over_the_last_third(file_result, tmp_path
     assert plot.measures("sra_offline", "eval_normalized_score") and not plot.measures("sra_offline", "charts/interventions")
     row = cells(plot.score_table("sra_offline"), "maze2d-umaze", "sra")
     assert row[2:] == ["2", "60", "100, 40", "90, 50", "70", "112.5±11", "60", "99±4", "6"]
+    file_result("sra_offline", "sra-200k", "maze2d-umaze", 1, [0] * 20, **offline)
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
     plot.score_picture("sra_offline")
     assert (tmp_path / "docs" / "sra_offline.png").exists()
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["sra, 2 seeds"]  # variants stand in the table
 
 
 @pytest.fixture
