@@ -739,10 +739,17 @@ def test_robot_data_sets(tmp_path, monkeypatch, capsys):
         without_actors.setattr(sra, "ACTORS", tmp_path)
         sra.load_data(sra.make_env("Hopper-v4"), sra.parse_args([str(word) for word in ["--dataset", "hopper-medium", *flags]]))
     assert "record it with: python sac.py --env-id Hopper-v4 --record-level 0.33 --record-sampled" in capsys.readouterr().err
+    with pytest.raises(SystemExit), monkeypatch.context() as without_actors:
+        without_actors.setattr(sra, "ACTORS", tmp_path)
+        sra.generated("expert", sra.parse_args([str(word) for word in ["--dataset", "hopper-medium-expert", *flags]]))
+    assert "Hopper-v4.pt: no such file; hopper-medium-expert needs this repository's actors" in capsys.readouterr().err
     for name in ("hopper-medium", "hopper-medium-expert"):
         run(sra, ["--dataset", name, *flags, "--run-dir", tmp_path / name])
         assert np.isfinite(float(rows(tmp_path / name)[-1]["eval_normalized_score"]))
     assert [len(loaded[2]) for loaded in sizes] == [700, 1_400] and len(sizes[0][0]) == 5_000
+    said = capsys.readouterr().err
+    assert "5000 expert transitions (Hopper-v4.npz), 700 others (generated medium)" in said
+    assert f"normalised score {float(rows(tmp_path / 'hopper-medium')[-1]['eval_normalized_score']):.1f}; the policy is" in said
     assert sorted(path.name for path in folder.iterdir()) == ["Hopper-v4-expert-700-seed0.npz", "Hopper-v4-medium-700-seed0.npz"]
     data, expert = (np.load(folder / f"Hopper-v4-{part}-700-seed0.npz") for part in ("medium", "expert"))
     ends = np.flatnonzero(data["terminations"] + data["truncations"])
