@@ -167,6 +167,10 @@ class Args:
     """most minibatches of a later fit; 0 for no limit (paper)"""
     model_mean_clamp: float = 0.0
     """bound of the predicted mean change; 0 for none (paper: Walker2d, Ant 40)"""
+    model_scale_targets: bool = False
+    """the networks predict changes in units of their standard deviation"""
+    model_beta: float = 0.0
+    """power of the predicted variance that weighs the likelihood's terms; 0: plain likelihood, 1: means by squared error"""
     model_cosine: int = 0
     """period in minibatches / 2 of the model's cosine step size; 0 for constant (paper: Walker2d 30,000)"""
     hybrid_size: int = 0
@@ -888,7 +892,7 @@ class EnsembleDynamics(nn.Module):
         for layer in (*self.net.hidden, self.net.output):
             std = 0.5 * layer.weight.shape[1] ** -0.5
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-        self.mean_clamp = args.model_mean_clamp
+        self.mean_clamp, self.scale_targets = args.model_mean_clamp, args.model_scale_targets
         self.register_buffer("input_mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("input_std", torch.ones(obs_dim + act_dim))
         self.register_buffer("target_std", torch.ones(obs_dim))
@@ -901,13 +905,19 @@ class EnsembleDynamics(nn.Module):
         self.input_std.copy_(torch.where(inputs.std(0) < 1e-12, 1.0, inputs.std(0)))
         self.target_std.copy_(targets.std(0).clamp(min=1e-6))
 
+    @property
+    def unit(self) -> torch.Tensor:
+        """What the network's outputs are multiples of, [obs]."""
+        return self.target_std if self.scale_targets else torch.ones_like(self.target_std)
+
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance, [members, batch, obs] each, of inputs [members, batch, obs + act]."""
         mean, log_var = self.net((inputs - self.input_mean) / self.input_std).chunk(2, -1)
+        mean = mean * self.unit
         if self.mean_clamp:
             mean = mean.clamp(-self.mean_clamp, self.mean_clamp)
         log_var = 0.5 - F.softplus(0.5 - log_var)
-        return mean, F.softplus(log_var + 10) - 10
+        return mean, F.softplus(log_var + 10) - 10 + 2 * self.unit.log()
 
     def forward_elites(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As forward, of the elites alone: [elites, batch, ...]."""
@@ -1032,11 +1042,16 @@ def target_update(agent: Agent, tau: float) -> None:
 def dynamics_update(dynamics: EnsembleDynamics, optimizer: Adam, inputs: torch.Tensor, targets: torch.Tensor, args: Args) -> torch.Tensor:
     """One gradient step on the Gaussian negative log-likelihood (times two, without its constant).
 
-    Inputs [members, batch, obs + act], targets next_obs - obs [members, batch, obs]. Returns the mean over members.
+    Inputs [members, batch, obs + act], targets next_obs - obs [members, batch, obs]. Returns the mean over members. `model_beta` weighs
+    each term with its variance to that power, without gradient (beta-NLL, arXiv 2203.09168): otherwise a rare change is soon explained
+    as noise, and its mean, whose gradient that noise divides, is never learned.
     """
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.bf16):
         mean, log_var = dynamics(inputs)
-    loss = ((mean - targets).square() * (-log_var).exp() + log_var).mean((1, 2)).sum()
+    loss = (mean - targets).square() * (-log_var).exp() + log_var
+    if args.model_beta:
+        loss = loss * (args.model_beta * (log_var.detach() - 2 * dynamics.unit.log())).exp()
+    loss = loss.mean((1, 2)).sum()
     optimizer.step(torch.autograd.grad(loss, optimizer.params))
     return loss.detach() / len(inputs)
 
@@ -1104,7 +1119,7 @@ def fit_dynamics(
     @torch.no_grad()
     def hold_out_error() -> torch.Tensor:
         mean, _ = dynamics(inputs[held_out].expand(members, -1, -1))
-        error = (mean - targets[held_out]).square().mean(-1)
+        error = ((mean - targets[held_out]) / dynamics.unit).square().mean(-1)
         return (error * weights[held_out]).sum(-1) / weights[held_out].sum()
 
     best, snapshot, epochs_without, batches, loss = hold_out_error(), None, 0, 0, torch.tensor(0.0)

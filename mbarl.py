@@ -184,6 +184,10 @@ class Args:
     """most minibatches of a later fit; 0 for no limit (MBPO)"""
     model_mean_clamp: float = 0.0
     """bound of the predicted mean change; 0 for none"""
+    model_scale_targets: bool = True
+    """the networks predict changes in units of their standard deviation (MBPO: not)"""
+    model_beta: float = 1.0
+    """power of the predicted variance that weighs the likelihood's terms; 0: plain likelihood (MBPO), 1: means by squared error"""
     model_cosine: int = 0
     """period in minibatches / 2 of the model's cosine step size; 0 for constant"""
     reward: Literal["analytic", "learned"] = "analytic"
@@ -204,6 +208,8 @@ class Args:
     """trajectories for each policy after each fit (MBPO: 100,000)"""
     rollout_retain: int = 4
     """fits whose imagined transitions are kept"""
+    rollout_uniform: float = 0.0
+    """share of imagined actions that are uniform instead of the policy's (MBPO: 0)"""
     rollout_noise: bool = True
     """draw imagined states from a member's Gaussian; otherwise take its mean"""
     real_share: float = 0.5
@@ -267,8 +273,9 @@ _POINT = dict(
 )  # fmt: skip
 _PAPER = dict(
     total_timesteps=2_500_000, seed_steps=10_000, switch_steps=300, switch_terminal=True, classifier_batch=400, updates_per_step=20,
-    model_every=250, model_rows=0, model_first_batches=0, model_max_batches=0, rollouts=100_000, rollout_length=25, rollout_growth=100_000,
-    real_share=0.05, alpha=1.0, eval_every=10_000, eval_episodes=10, checkpoint_every=100_000,
+    model_every=250, model_rows=0, model_first_batches=0, model_max_batches=0, model_scale_targets=False, model_beta=0.0,
+    rollouts=100_000, rollout_length=25, rollout_growth=100_000, real_share=0.05, alpha=1.0,
+    eval_every=10_000, eval_episodes=10, checkpoint_every=100_000,
 )  # fmt: skip
 _MAZE = dict(num_demos=10, backward_demos=10, switch_steps=300, eval_horizon=300)
 PRESETS: dict[str, dict[str, dict]] = {
@@ -285,7 +292,7 @@ POSITIVE = """
     model_lr model_batch_size model_every model_patience rollouts rollout_retain explore_neighbour explore_window offline_sizes
     offline_lengths offline_fit offline_updates offline_every offline_transitions eval_every eval_episodes eval_horizon
 """.split()
-FRACTIONS = ("gamma", "tau", "real_share")
+FRACTIONS = ("gamma", "tau", "real_share", "rollout_uniform")
 RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "num_threads", "track"}
 OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
 SCRIPT = Path(__file__).name
@@ -1030,7 +1037,7 @@ class EnsembleDynamics(nn.Module):
         for layer in (*self.net.hidden, self.net.output):
             std = 0.5 * layer.weight.shape[1] ** -0.5
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-        self.mean_clamp = args.model_mean_clamp
+        self.mean_clamp, self.scale_targets = args.model_mean_clamp, args.model_scale_targets
         self.register_buffer("input_mean", torch.zeros(obs_dim + act_dim))
         self.register_buffer("input_std", torch.ones(obs_dim + act_dim))
         self.register_buffer("target_std", torch.ones(obs_dim))
@@ -1043,13 +1050,19 @@ class EnsembleDynamics(nn.Module):
         self.input_std.copy_(torch.where(inputs.std(0) < 1e-12, 1.0, inputs.std(0)))
         self.target_std.copy_(targets.std(0).clamp(min=1e-6))
 
+    @property
+    def unit(self) -> torch.Tensor:
+        """What the network's outputs are multiples of, [obs]."""
+        return self.target_std if self.scale_targets else torch.ones_like(self.target_std)
+
     def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log-variance, [members, batch, obs] each, of inputs [members, batch, obs + act]."""
         mean, log_var = self.net((inputs - self.input_mean) / self.input_std).chunk(2, -1)
+        mean = mean * self.unit
         if self.mean_clamp:
             mean = mean.clamp(-self.mean_clamp, self.mean_clamp)
         log_var = 0.5 - F.softplus(0.5 - log_var)
-        return mean, F.softplus(log_var + 10) - 10
+        return mean, F.softplus(log_var + 10) - 10 + 2 * self.unit.log()
 
     def forward_elites(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As forward, of the elites alone: [elites, batch, ...]."""
@@ -1126,11 +1139,16 @@ def target_update(agent: Agent, tau: float) -> None:
 def dynamics_update(dynamics: EnsembleDynamics, optimizer: Adam, inputs: torch.Tensor, targets: torch.Tensor, args: Args) -> torch.Tensor:
     """One gradient step on the Gaussian negative log-likelihood (times two, without its constant).
 
-    Inputs [members, batch, obs + act], targets next_obs - obs [members, batch, obs]. Returns the mean over members.
+    Inputs [members, batch, obs + act], targets next_obs - obs [members, batch, obs]. Returns the mean over members. `model_beta` weighs
+    each term with its variance to that power, without gradient (beta-NLL, arXiv 2203.09168): otherwise a rare change is soon explained
+    as noise, and its mean, whose gradient that noise divides, is never learned.
     """
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.bf16):
         mean, log_var = dynamics(inputs)
-    loss = ((mean - targets).square() * (-log_var).exp() + log_var).mean((1, 2)).sum()
+    loss = (mean - targets).square() * (-log_var).exp() + log_var
+    if args.model_beta:
+        loss = loss * (args.model_beta * (log_var.detach() - 2 * dynamics.unit.log())).exp()
+    loss = loss.mean((1, 2)).sum()
     optimizer.step(torch.autograd.grad(loss, optimizer.params))
     return loss.detach() / len(inputs)
 
@@ -1219,7 +1237,7 @@ def fit_dynamics(
     @torch.no_grad()
     def hold_out_error() -> torch.Tensor:
         mean, _ = dynamics(inputs[held_out].expand(members, -1, -1))
-        error = (mean - targets[held_out]).square().mean(-1)
+        error = ((mean - targets[held_out]) / dynamics.unit).square().mean(-1)
         return (error * weights[held_out]).sum(-1) / weights[held_out].sum()
 
     best, snapshot, epochs_without, batches, loss = hold_out_error(), None, 0, 0, torch.tensor(0.0)
@@ -1272,6 +1290,10 @@ def imagine_goals(world, model: Callable, actor, obs: torch.Tensor, length: int,
     for _ in range(length):
         state, goal = obs[:, : world.state_dim], obs[:, world.state_dim :]
         action, _ = actor(obs, torch.randn(len(obs), act_dim, generator=generator, device=obs.device))
+        if args.rollout_uniform:
+            other = 2 * torch.rand(len(obs), act_dim, generator=generator, device=obs.device) - 1
+            chosen = torch.rand(len(obs), 1, generator=generator, device=obs.device) < args.rollout_uniform
+            action = torch.where(chosen, other, action)
         next_state, reward = model(state, action)
         if args.snap:
             next_state = world.project(next_state)
@@ -1822,8 +1844,8 @@ def train(args: Args) -> dict:
 
 # ---------------------------------------------------------------------------------------------- offline study
 def fit_offline(world: GoalEnv, size: int, args: Args) -> tuple[EnsembleDynamics, dict[str, float]]:
-    """An ensemble with a reward head, fitted to `size` uniformly drawn transitions, and its errors: on held-out ones, and along true
-    trajectories of random actions from uniform states, after as many steps as each rollout length."""
+    """An ensemble (with a reward head, if the reward is learned), fitted to `size` uniformly drawn transitions, and its errors: on
+    held-out ones, and along true trajectories of random actions from uniform states, after as many steps as each rollout length."""
     seed = int(np.random.SeedSequence([args.seed, size]).generate_state(1)[0])
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
@@ -1834,8 +1856,9 @@ def fit_offline(world: GoalEnv, size: int, args: Args) -> tuple[EnsembleDynamics
     state, action = world.uniform(size, rng), random_actions(size)
     next_state = world.transition(state, action)
     reward = world.reward(next_state, world.goals[rng.integers(len(world.goals), size=size)])
-    data = with_reward(Batch(*(x.float() for x in (state, action, reward, next_state, torch.zeros(size)))))
-    dynamics = EnsembleDynamics(world.state_dim + 1, world.act_dim, args)
+    data, learned = Batch(*(x.float() for x in (state, action, reward, next_state, torch.zeros(size)))), args.reward == "learned"
+    data = with_reward(data) if learned else data
+    dynamics = EnsembleDynamics(world.state_dim + learned, world.act_dim, args)
     optimizer = Adam(dynamics.parameters(), args.model_lr, args.model_weight_decay)
     same = replace(args, model_patience=args.offline_fit)  # as many gradient steps for every size
     fit = fit_dynamics(dynamics, optimizer, compiled(dynamics_update, args), data, torch.ones(size), args.offline_fit, same, generator)

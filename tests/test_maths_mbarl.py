@@ -53,6 +53,70 @@ def table(gripper=(0, 0), mug=(2.5, 0), flag=-1) -> torch.Tensor:
     return tensor(*gripper, *mug, flag, flag)
 
 
+# ------------------------------------------------------------------------------------------- model
+def test_outputs_are_in_units_of_the_data_and_bounds_with_them():
+    """The mean of a member is its network's output times the change's deviation, and the greatest deviation 1.28 times that."""
+    args = replace(mbarl.parse_args(POINT), **SMALL)
+    scaled, plain = (mbarl.EnsembleDynamics(2, 1, replace(args, model_scale_targets=flag)) for flag in (True, False))
+    plain.load_state_dict(scaled.state_dict())
+    inputs, targets = torch.randn(1_000, 3), torch.randn(1_000, 2) * torch.tensor([0.1, 20.0])
+    for model in (scaled, plain):
+        model.set_normaliser(inputs, targets)
+    batch, unit = torch.randn(7, 5, 3), targets.std(0)
+    torch.testing.assert_close(scaled(batch)[0], plain(batch)[0] * unit)
+    torch.testing.assert_close(scaled(batch)[1], plain(batch)[1] + 2 * unit.log())
+    scaled.net.output.bias.data += 100
+    torch.testing.assert_close(scaled(batch)[1].amax((0, 1)), 0.5 + 2 * unit.log(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_beta_likelihood_weighs_errors_with_the_variance(beta):
+    """The gradient of a mean is 2 (mean - y) var^(beta - 1), of a log-variance var^beta (1 - error^2 / var), in units of the data."""
+    args = replace(mbarl.parse_args(POINT), model_beta=beta, **SMALL)
+    dynamics = mbarl.EnsembleDynamics(2, 1, args)
+    dynamics.set_normaliser(torch.randn(100, 3), torch.randn(100, 2) * torch.tensor([0.1, 20.0]))
+    mean, log_var = torch.randn(7, 4, 2, requires_grad=True), torch.randn(7, 4, 2, requires_grad=True)
+    y, unit, grads = torch.randn(7, 4, 2), dynamics.unit, []
+
+    class Fixed:  # the data's units stay those of the ensemble, its outputs are leaves
+        def __init__(self):
+            self.unit = unit
+
+        def __call__(self, inputs):
+            return mean * unit, log_var + 2 * unit.log()
+
+    class Catch:
+        params = (mean, log_var)
+
+        def step(self, found):
+            grads.extend(found)
+
+    mbarl.dynamics_update(Fixed(), Catch(), torch.zeros(7, 4, 3), y * unit, args)
+    var = log_var.detach().exp()
+    torch.testing.assert_close(grads[0] * 8, 2 * (mean.detach() - y) * var ** (beta - 1))
+    torch.testing.assert_close(grads[1] * 8, var**beta * (1 - (mean.detach() - y).square() / var))
+
+
+def test_a_rare_change_is_learned_by_squared_error_not_by_plain_likelihood():
+    """One row in fifty changes: with plain likelihood it is soon noise of a mean that stays, with beta 1 its mean is learned."""
+    torch.manual_seed(0)
+    action = torch.rand(5_000, 1) * 2 - 1
+    action[::50], action[1::50] = 0.97, action[1::50] * 0.9
+    obs = torch.randn(5_000, 2)
+    change = torch.where(action > 0.95, 1.0, 0.0) * torch.tensor([1.0, 0.0]) + 0.1 * obs * torch.tensor([0.0, 1.0])
+    batch = mbarl.Batch(obs, action, torch.zeros(5_000), obs + change, torch.zeros(5_000))
+    found = {}
+    for beta in (0.0, 1.0):
+        args = replace(mbarl.parse_args(POINT), model_beta=beta)
+        torch.manual_seed(1)
+        dynamics = mbarl.EnsembleDynamics(2, 1, args)
+        optimizer = mbarl.Adam(dynamics.parameters(), args.model_lr, args.model_weight_decay)
+        mbarl.fit_dynamics(dynamics, optimizer, mbarl.dynamics_update, batch, torch.ones(5_000), 900, args, generator())
+        mean, _ = dynamics.forward_elites(torch.cat([torch.zeros(2), tensor(0.97).float()]).expand(5, 1, 3))
+        found[beta] = mean[..., 0].mean().item()
+    assert found[1.0] > 0.5 and found[1.0] > found[0.0] + 0.3
+
+
 # ------------------------------------------------------------------------------------------- tabletop
 @pytest.mark.parametrize("distance,flag", [(0.39, 0), (0.41, -1)])
 def test_the_gripper_reaches_less_than_0_4(distance, flag):
