@@ -200,16 +200,14 @@ class Args:
     # Imagined rollouts
     start: Literal["mixed", "replay", "demo", "narrow"] = "mixed"
     """where they start: half demonstrated states and half replay, replay (poster), demonstrated states, or initial states"""
-    rollout_length: int = 5
+    rollout_length: int = 20
     """their steps; 0 for no model at all"""
-    rollout_growth: int = 20_000
+    rollout_growth: int = 0
     """env steps in which their length grows from 1; 0 for the full length from the start"""
-    rollouts: int = 2_000
-    """trajectories for each policy after each fit (MBPO: 100,000)"""
+    rollouts: int = 1_000
+    """trajectories for each policy after each fit (MBPO: 100,000; point mass: 200)"""
     rollout_retain: int = 4
     """fits whose imagined transitions are kept"""
-    rollout_uniform: float = 0.0
-    """share of imagined actions that are uniform instead of the policy's (MBPO: 0)"""
     rollout_noise: bool = True
     """draw imagined states from a member's Gaussian; otherwise take its mean"""
     real_share: float = 0.5
@@ -269,7 +267,7 @@ _POINT = dict(
     num_demos=10, backward_demos=10, switch_steps=100, eval_horizon=100, reward="learned", classifier_goal=False, reward_scale=1.0,
     total_timesteps=5_000, seed_steps=100, eval_every=100, gamma=0.95, tau=0.02, alpha=0.1, actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
     hidden_sizes=(64, 64), batch_size=128, model_hidden_sizes=(64, 64), model_batch_size=128, model_every=50, model_first_batches=300,
-    model_max_batches=50, rollouts=200, rollout_length=20, rollout_growth=0, real_share=0.1, updates_per_step=10,
+    model_max_batches=50, rollouts=200, real_share=0.1, updates_per_step=10,
 )  # fmt: skip
 _PAPER = dict(
     total_timesteps=2_500_000, seed_steps=10_000, switch_steps=300, switch_terminal=True, classifier_batch=400, updates_per_step=20,
@@ -292,7 +290,7 @@ POSITIVE = """
     model_lr model_batch_size model_every model_patience rollouts rollout_retain explore_neighbour explore_window offline_sizes
     offline_lengths offline_fit offline_updates offline_every offline_transitions eval_every eval_episodes eval_horizon
 """.split()
-FRACTIONS = ("gamma", "tau", "real_share", "rollout_uniform")
+FRACTIONS = ("gamma", "tau", "real_share")
 RESUME_MAY_CHANGE = {"resume", "total_timesteps", "checkpoint_every", "num_threads", "track"}
 OBS_KEPT = {"Ant": 27, "Humanoid": 45}  # leading columns: qpos[2:] and qvel, without contact forces and inertias
 SCRIPT = Path(__file__).name
@@ -1290,10 +1288,6 @@ def imagine_goals(world, model: Callable, actor, obs: torch.Tensor, length: int,
     for _ in range(length):
         state, goal = obs[:, : world.state_dim], obs[:, world.state_dim :]
         action, _ = actor(obs, torch.randn(len(obs), act_dim, generator=generator, device=obs.device))
-        if args.rollout_uniform:
-            other = 2 * torch.rand(len(obs), act_dim, generator=generator, device=obs.device) - 1
-            chosen = torch.rand(len(obs), 1, generator=generator, device=obs.device) < args.rollout_uniform
-            action = torch.where(chosen, other, action)
         next_state, reward = model(state, action)
         if args.snap:
             next_state = world.project(next_state)
