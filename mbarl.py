@@ -267,7 +267,7 @@ _POINT = dict(
     num_demos=10, backward_demos=10, switch_steps=100, eval_horizon=100, reward="learned", classifier_goal=False, reward_scale=1.0,
     total_timesteps=5_000, seed_steps=100, eval_every=100, gamma=0.95, tau=0.02, alpha=0.1, actor_lr=1e-3, critic_lr=1e-3, alpha_lr=1e-3,
     hidden_sizes=(64, 64), batch_size=128, model_hidden_sizes=(64, 64), model_batch_size=128, model_every=50, model_first_batches=300,
-    model_max_batches=50, rollouts=200, real_share=0.1, updates_per_step=10,
+    model_max_batches=50, model_scale_targets=False, model_beta=0.0, rollouts=200, real_share=0.1, updates_per_step=10,
 )  # fmt: skip
 _PAPER = dict(
     total_timesteps=2_500_000, seed_steps=10_000, switch_steps=300, switch_terminal=True, classifier_batch=400, updates_per_step=20,

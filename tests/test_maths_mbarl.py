@@ -72,7 +72,7 @@ def test_outputs_are_in_units_of_the_data_and_bounds_with_them():
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_beta_likelihood_weighs_errors_with_the_variance(beta):
     """The gradient of a mean is 2 (mean - y) var^(beta - 1), of a log-variance var^beta (1 - error^2 / var), in units of the data."""
-    args = replace(mbarl.parse_args(POINT), model_beta=beta, **SMALL)
+    args = replace(mbarl.parse_args(POINT), model_scale_targets=True, model_beta=beta, **SMALL)
     dynamics = mbarl.EnsembleDynamics(2, 1, args)
     dynamics.set_normaliser(torch.randn(100, 3), torch.randn(100, 2) * torch.tensor([0.1, 20.0]))
     mean, log_var = torch.randn(7, 4, 2, requires_grad=True), torch.randn(7, 4, 2, requires_grad=True)
@@ -107,7 +107,7 @@ def test_a_rare_change_is_learned_by_squared_error_not_by_plain_likelihood():
     batch = mbarl.Batch(obs, action, torch.zeros(5_000), obs + change, torch.zeros(5_000))
     found = {}
     for beta in (0.0, 1.0):
-        args = replace(mbarl.parse_args(POINT), model_beta=beta)
+        args = replace(mbarl.parse_args(POINT), model_scale_targets=True, model_beta=beta)
         torch.manual_seed(1)
         dynamics = mbarl.EnsembleDynamics(2, 1, args)
         optimizer = mbarl.Adam(dynamics.parameters(), args.model_lr, args.model_weight_decay)
@@ -747,6 +747,13 @@ def test_offline_study_has_a_row_a_cell_and_goes_on_where_it_stopped(tmp_path, m
     imagined.clear()
     mbarl.study(replace(args, run_dir=str(tmp_path / "equal"), equal_rollouts=True, offline_sizes=(200,), offline_starts=("demo",)))
     assert [len(rows_) for _, rows_ in imagined] == [100, 100, 250, 250]
+    imagined.clear()  # with the task's own reward the model has no head for it
+    args = replace(args, run_dir=str(tmp_path / "analytic"), reward="analytic", offline_sizes=(200,), offline_starts=("demo",))
+    mbarl.study(args)
+    world = mbarl.PointMass2D()
+    for _, batch in imagined:
+        batch = mbarl.ReplayBuffer(1, 6, 2, torch.device("cpu")).split(batch)
+        torch.testing.assert_close(batch.reward, world.reward(batch.next_obs[:, :4], batch.next_obs[:, 4:]))
 
 
 def test_it_runs_alone_in_an_empty_folder(tmp_path):
@@ -792,5 +799,6 @@ def test_presets_are_the_documented_settings():
     )
     assert (point.reward, point.switch_steps, point.num_demos, point.backward_demos, point.eval_horizon) == ("learned", 100, 10, 10, 100)
     assert (default.alpha, point.alpha, paper.alpha) == (0.01, 0.1, 1.0)
+    assert [(a.model_scale_targets, a.model_beta) for a in (default, point, paper)] == [(True, 1.0), (False, 0.0), (False, 0.0)]
     assert (paper.total_timesteps, paper.updates_per_step, paper.rollouts, paper.rollout_length) == (2_500_000, 20, 100_000, 25)
     assert paper.switch_terminal and not default.switch_terminal and gym.spec("Tabletop-v0").max_episode_steps == default.eval_horizon
