@@ -1711,6 +1711,9 @@ def train(args: Args) -> dict:
             start = start_states(args.start, args.rollouts, player, world, streams["rollout"], rng)
             rows = imagine_goals(world, model, player.agent.actor, start, length, name == "forward", args, streams["rollout"])
             counters["imagined"] += len(rows)
+            some = player.replay.split(rows[:: len(rows) // 1_000 + 1].cpu())  # what a perfect model would have said to them
+            true = world.transition(some.obs[:, :state_dim].double(), some.action.double())
+            log.add({f"model/imagined_error_{name}": float((some.next_obs[:, :state_dim] - true).square().mean().sqrt())})
             if args.mix_into_replay:
                 player.replay.extend(rows)
                 continue

@@ -578,6 +578,8 @@ def test_every_experiment_flag_runs_and_resumes(flags, tmp_path):
     whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "parts")
     assert whole[-1]["env_steps"] == "70" and np.isfinite(float(whole[-2]["losses/critic"]))
     assert parts[:2] == whole[:2]
+    imagined_error = float(whole[-1]["model/imagined_error_forward"])
+    assert imagined_error < 1e-6 if flags[0] == "--true-dynamics" else imagined_error > 1e-3
     a, b = (checkpoint(tmp_path / name)["parts"]["forward_agent"] for name in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
 
