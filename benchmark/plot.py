@@ -4,7 +4,8 @@
 
 Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and benchmark/published/<script>.csv, rewrites
 docs/<script>.png, docs/ranking.png and what stands between `<!-- results <script> -->`
-(or `<!-- comparison <script> -->`, or `<!-- offline <script> -->` for offline studies, whose picture is docs/<script>_offline.png)
+(or `<!-- comparison <script> -->`, or `<!-- offline <script> -->` and `<!-- effects <script> -->` for offline studies,
+whose picture is docs/<script>_offline.png)
 and `<!-- end -->` in README.md and docs/. Results of bco_baseline.py stand with those
 of sac_eo.py, whose experiments have a picture of their own, docs/sac_eo_experiments.png.
 Curves are interquartile means over seeds with 95% stratified bootstrap intervals (rliable, arXiv 2108.13264); with
@@ -262,6 +263,31 @@ def study_table(script: str) -> str:
             errors = [[float(r[f"error_{n}_steps"]) for r in models if f"error_{n}_steps" in r] for n in lengths]
             row = [f"{np.mean(some):.3f}" if some else "-" for some in errors]
             lines.append([env_id, variant, "the model's error", f"{size:,}", f"{len(models)}", *row])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def study_effects(script: str) -> str:
+    """Markdown rows of offline studies: by how much the return differs between two values of one factor, over the pairs of policies that
+    share everything else, the seed too."""
+    head = ["environment", "variant", "instead of", "", "starts", "difference in return: mean", "least", "greatest", "pairs where greater"]
+    lines = [head, ["---"] * len(head)]
+    for (env_id, variant), paths in runs(script, studies=True).items():
+        returns = {
+            (row["start"], int(row["size"]), int(row["rollout_length"]), row["seed"]): float(row["eval_return_mean"])
+            for path in paths
+            for row in read(path)
+        }
+        starts, sizes, lengths = (list(dict.fromkeys(key[i] for key in returns)) for i in range(3))
+        factors = [(2, min(lengths), max(lengths), "{:,} steps", start) for start in starts]
+        factors += [(1, min(sizes), max(sizes), "{:,} transitions", start) for start in starts]
+        factors += [(0, *starts[:2], "{} starts", None)] if len(starts) > 1 else []
+        for at, low, high, name, start in factors:
+            pairs = [(key, (*key[:at], high, *key[at + 1 :])) for key in returns if key[at] == low and start in (key[0], None)]
+            change = [returns[other] - returns[key] for key, other in pairs if other in returns]
+            if change and low != high:
+                numbers = [f"{number:.2f}" for number in (np.mean(change), min(change), max(change))]
+                won = f"{sum(number > 0 for number in change)} of {len(change)}"
+                lines.append([env_id, variant, name.format(low), name.format(high), start or "-", *numbers, won])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -529,7 +555,7 @@ def main() -> None:
             pieces = [("results", table(script)), ("comparison", comparison(script))]
         if studies:
             study_picture(script)
-            pieces.append(("offline", study_table(script)))
+            pieces += [("offline", study_table(script)), ("effects", study_effects(script))]
         for kind, lines in pieces:
             for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
                 mark = re.compile(rf"(<!-- {kind} {script} -->\n).*?(<!-- end -->)", re.S)

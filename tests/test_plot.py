@@ -221,6 +221,11 @@ def test_offline_study_by_size_start_and_length(file_study, file_result, monkeyp
     assert cells(table, "Toy-v0", "offline", "demo", "200")[4:] == ["1", "-4.0 (0.50)", "-"]
     assert cells(table, "Toy-v0", "offline", "the model's error", "200")[4:] == ["2", "0.600", "1.200"]
     assert cells(table, "Toy-v0", "offline-coarse", "the model's error", "200")[4:] == ["1", "0.200", "0.400"]
+    effects = plot.study_effects("mbarl")  # of pairs that differ in nothing else
+    assert cells(effects, "Toy-v0", "offline", "2 steps", "5 steps")[4:] == ["narrow", "10.00", "10.00", "10.00", "1 of 1"]
+    assert cells(effects, "Toy-v0", "offline", "200 transitions")[3:] == ["400 transitions", "narrow", "20.00", "20.00", "20.00", "1 of 1"]
+    assert cells(effects, "Toy-v0", "offline", "narrow starts")[3:] == ["demo starts", "-", "-34.04", "-34.04", "-34.04", "0 of 1"]
+    assert len(effects.splitlines()) == 5 and "coarse" not in effects
     drawn = []
     monkeypatch.setattr(plot.plt, "close", lambda figure: drawn.append(figure))
     plot.study_picture("mbarl")
