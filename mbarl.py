@@ -73,7 +73,7 @@ class Args:
     exp_name: str = "mbarl"
     """name of the experiment, part of the run folder's name"""
     env_id: str = "Tabletop-v0"
-    """Tabletop-v0, PointMass2D-v0, PointMass2DCoarse-v0, or "module:Env-v0" for a GoalEnv of your own"""
+    """Tabletop-v0, PointMass2D-v0, PointMass2DCoarse-v0, PersistentPointMaze-v0, or "module:Env-v0" for a GoalEnv of your own"""
     algo: Literal["mbarl", "medal", "fbrl", "naive", "oracle"] = "mbarl"
     """forward and backward policy with imagined data; without; backward to the start; forward only; forward only, with resets"""
     seed: int = 1
@@ -83,7 +83,7 @@ class Args:
     total_timesteps: int = 100_000
     """steps taken in the training environment, seed steps included (EARL: 2,500,000)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where the networks live; auto takes a GPU if there is one"""
+    """where the networks live; auto takes a GPU if there is one; the offline study stays on the CPU"""
     num_threads: int = 1
     """threads of torch on the CPU; several seeds side by side use a machine better than several threads"""
     compile: bool = False
@@ -111,7 +111,7 @@ class Args:
     train_horizon: int = 200_000
     """env steps between hard resets, each an intervention (EARL's tabletop: 200,000)"""
     seed_steps: int = 1_000
-    """steps of the untrained policies before the first gradient step (MEDAL: 10,000; point mass: 300)"""
+    """steps of the untrained policies before the first gradient step (MEDAL: 10,000; point mass: 100)"""
     update_both: bool = False
     """update both policies at each step instead of the acting one: twice the updates"""
 
@@ -371,6 +371,12 @@ def check_args(args: Args) -> None:
         fail(f"--explore goes with --algo mbarl, not {args.algo}")
     if args.explore and args.explore_neighbour >= args.explore_window:
         fail(f"--explore-neighbour {args.explore_neighbour}: among only {args.explore_window} states (--explore-window)")
+    if args.explore and args.update_both:
+        fail("--explore updates its two policies in turn: --update-both goes without it")
+    if args.offline and args.true_dynamics:
+        fail("--offline is about learned models: --true-dynamics goes with training")
+    if args.offline and args.start != Args.start:
+        fail("--offline has starts of its own: take --offline-starts")
     if args.true_dynamics and args.reward == "learned":
         fail("--true-dynamics has no reward head: take --reward analytic")
     if args.track and importlib.util.find_spec("wandb") is None:
@@ -606,11 +612,12 @@ class PointMaze(GoalEnv):
         import mujoco
 
         after = []
-        for one, force in zip(state.reshape(-1, 4).numpy(), action.reshape(-1, 2).numpy(), strict=True):
+        states, forces = (x.double().cpu().numpy() for x in (state.reshape(-1, 4), action.reshape(-1, 2)))
+        for one, force in zip(states, forces, strict=True):
             mujoco.mj_resetData(self.point.model, self.point.data)  # its solver starts from the last step's forces otherwise
             self.point.set_state(one[:2], one[2:])
             after.append(self.point.step(force)[0])
-        return torch.from_numpy(np.array(after)).reshape(state.shape)
+        return torch.from_numpy(np.array(after)).to(state).reshape(state.shape)
 
     def success(self, state: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
         return self.distance(state, goal) <= 0.45
@@ -625,8 +632,8 @@ class PointMaze(GoalEnv):
         return torch.zeros(state.shape[:-1], dtype=torch.bool)  # there is nothing to hold
 
     def project(self, state: torch.Tensor) -> torch.Tensor:
-        """Within the outer walls and the bound of the speed."""
-        return torch.cat([state[..., :2].clamp(-1.4, 1.4), state[..., 2:].clamp(-5, 5)], -1)
+        """Within the outer walls, which give way a little, and the speed that a push adds to the bound of 5 along each axis."""
+        return torch.cat([state[..., :2].clamp(-1.45, 1.45), state[..., 2:].clamp(-5.3, 5.3)], -1)
 
     def initial(self, n: int, rng: np.random.Generator) -> torch.Tensor:
         """In the first cell, at rest: [n, state]."""
@@ -755,7 +762,8 @@ class ResumableEnv(gym.Wrapper):
 def make_world(args: Args) -> GoalEnv:
     """The environment without its time limit, as the pure functions and the one state that training works on."""
     world = make_env(args.env_id).unwrapped
-    lacking = [name for name in ("transition", "success", "reward", "project", "initial", "expert", "goals") if not hasattr(world, name)]
+    needed = "transition success reward distance held project initial as_goal expert goals state_dim act_dim"
+    lacking = [name for name in needed.split() if not hasattr(world, name)]
     if lacking:
         fail(f"--env-id {args.env_id}: needs the functions of GoalEnv, as Tabletop-v0 and PointMass2D-v0 have; no {', '.join(lacking)}")
     if args.offline and not hasattr(world, "uniform"):
@@ -1135,7 +1143,7 @@ def target_update(agent: Agent, tau: float) -> None:
 
 
 def dynamics_update(dynamics: EnsembleDynamics, optimizer: Adam, inputs: torch.Tensor, targets: torch.Tensor, args: Args) -> torch.Tensor:
-    """One gradient step on the Gaussian negative log-likelihood (times two, without its constant).
+    """One gradient step on the Gaussian negative log-likelihood (times two, without its constant), weighed if there is a `model_beta`.
 
     Inputs [members, batch, obs + act], targets next_obs - obs [members, batch, obs]. Returns the mean over members. `model_beta` weighs
     each term with its variance to that power, without gradient (beta-NLL, arXiv 2203.09168): otherwise a rare change is soon explained
@@ -1711,9 +1719,10 @@ def train(args: Args) -> dict:
             start = start_states(args.start, args.rollouts, player, world, streams["rollout"], rng)
             rows = imagine_goals(world, model, player.agent.actor, start, length, name == "forward", args, streams["rollout"])
             counters["imagined"] += len(rows)
-            some = player.replay.split(rows[:: len(rows) // 1_000 + 1].cpu())  # what a perfect model would have said to them
-            true = world.transition(some.obs[:, :state_dim].double(), some.action.double())
-            log.add({f"model/imagined_error_{name}": float((some.next_obs[:, :state_dim] - true).square().mean().sqrt())})
+            if len(rows):  # what would a perfect model have said to them?
+                some = player.replay.split(rows[:: len(rows) // 1_000 + 1].cpu())
+                true = world.transition(some.obs[:, :state_dim].double(), some.action.double())
+                log.add({f"model/imagined_error_{name}": float((some.next_obs[:, :state_dim] - true).square().mean().sqrt())})
             if args.mix_into_replay:
                 player.replay.extend(rows)
                 continue
@@ -1842,7 +1851,8 @@ def train(args: Args) -> dict:
 # ---------------------------------------------------------------------------------------------- offline study
 def fit_offline(world: GoalEnv, size: int, args: Args) -> tuple[EnsembleDynamics, dict[str, float]]:
     """An ensemble (with a reward head, if the reward is learned), fitted to `size` uniformly drawn transitions, and its errors: on
-    held-out ones, and along true trajectories of random actions from uniform states, after as many steps as each rollout length."""
+    held-out ones, and along true trajectories of random actions from uniform states, after as many steps as each rollout length.
+    Every size has as many minibatches; which epoch's weights are kept is decided after each epoch, of which small data have more."""
     seed = int(np.random.SeedSequence([args.seed, size]).generate_state(1)[0])
     torch.manual_seed(seed)
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
