@@ -205,7 +205,7 @@ def score_picture(
 def success_table(script: str) -> str:
     """Markdown rows of the deployed policy's success, one for each environment and method, and of what the life without resets gave."""
     levels, quarters = (0.5, 0.9), (0.25, 0.5, 0.75, 1)
-    head = ["environment", "method", "seeds", "env steps", "success: last ten evaluations, each seed",
+    head = ["environment", "method", "seeds", "env steps", "success: last ten evaluations, each seed", "all evaluations, each seed",
             "mean of seeds after a quarter, half, three quarters and all of these steps",
             *(f"mean of seeds first at {level}" for level in levels), "at 0.9 or above from", "success at the end of an episode: last ten",
             "final distance", "grasp rate", "reward a step", "interventions",
@@ -214,7 +214,8 @@ def success_table(script: str) -> str:
     for (env_id, variant), paths in ((key, some) for key, seeds in runs(script).items() for some in stretches(seeds)):
         steps, success, _, minutes = curve(paths, "eval_success_rate")
         mean = success.mean(0)
-        row = [env_id, variant, f"{len(paths)}", f"{steps[-1]:,}", ", ".join(f"{x:.2f}" for x in success[:, -10:].mean(1))]
+        row = [env_id, variant, f"{len(paths)}", f"{steps[-1]:,}"]
+        row += [", ".join(f"{x:.2f}" for x in some.mean(1)) for some in (success[:, -10:], success)]
         row.append(", ".join(f"{mean[np.abs(steps - quarter * steps[-1]).argmin()]:.2f}" for quarter in quarters))
         reached = [steps[mean > level - 1e-6] for level in levels]  # files have a share of 0.9 as 0.8999999761581421
         row += [f"{some[0]:,}" if len(some) else "-" for some in reached]
