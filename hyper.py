@@ -1040,7 +1040,7 @@ def target_update(agent: Agent, tau: float) -> None:
 
 
 def dynamics_update(dynamics: EnsembleDynamics, optimizer: Adam, inputs: torch.Tensor, targets: torch.Tensor, args: Args) -> torch.Tensor:
-    """One gradient step on the Gaussian negative log-likelihood (times two, without its constant).
+    """One gradient step on the Gaussian negative log-likelihood (times two, without its constant), weighed if there is a `model_beta`.
 
     Inputs [members, batch, obs + act], targets next_obs - obs [members, batch, obs]. Returns the mean over members. `model_beta` weighs
     each term with its variance to that power, without gradient (beta-NLL, arXiv 2203.09168): otherwise a rare change is soon explained
