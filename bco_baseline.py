@@ -214,7 +214,7 @@ def parse_args(argv: list[str]) -> Args:
                 raise KeyError(*sorted(missing))
             saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({error})")
+            fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({getattr(error, 'strerror', None) or error})")
         args = cli(replace(saved, resume=args.resume), argv)
         for name, value in asdict(args).items():
             shorter = name == "total_timesteps" and value < saved.total_timesteps
@@ -299,6 +299,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         names = [] if env_id.rpartition(":")[2] in gym.registry else [env_id, f"dm_control/{env_id}-v0"]
         near = next(filter(None, (difflib.get_close_matches(name, gym.registry, n=3) for name in names)), [])
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
+    if env.spec.id != env_id.rpartition(":")[2]:  # gymnasium takes the latest version, whose presets nobody asked for
+        fail(f"--env-id {env_id}: name the version too, as in {env.spec.id}")
     if render_mode:
         try:
             env.reset(seed=0)

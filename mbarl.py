@@ -129,7 +129,7 @@ class Args:
     alpha_lr: float = 3e-4
     """Adam step size of log alpha"""
     alpha: float = 0.01
-    """initial temperature; stays there without --autotune (point mass: 0.1; MEDAL: 1, with which the tabletop is not learned for long)"""
+    """initial temperature; stays there without --autotune (point mass: 0.1; MEDAL: 1)"""
     autotune: bool = True
     """learn alpha towards the target entropy"""
     target_entropy: float | None = None
@@ -329,7 +329,7 @@ def parse_args(argv: list[str]) -> Args:
                 raise KeyError(*sorted(missing))
             saved = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({error})")
+            fail(f"--resume {args.resume}: not a run folder of {SCRIPT} ({getattr(error, 'strerror', None) or error})")
         args = cli(replace(saved, resume=args.resume), argv)
         for name, value in asdict(args).items():
             shorter = name == "total_timesteps" and value < saved.total_timesteps
@@ -369,6 +369,9 @@ def check_args(args: Args) -> None:
         fail(f"--total-timesteps {args.total_timesteps}: nothing is learned in the first {args.seed_steps} (--seed-steps)")
     if args.explore and args.algo != "mbarl":
         fail(f"--explore goes with --algo mbarl, not {args.algo}")
+    for flag in ("true_dynamics", "mix_into_replay"):
+        if getattr(args, flag) and (args.algo != "mbarl" or not args.rollout_length) and not args.offline:
+            fail(f"--{flag.replace('_', '-')}: nothing is imagined here; it goes with --algo mbarl and --rollout-length above 0")
     if args.explore and args.explore_neighbour >= args.explore_window:
         fail(f"--explore-neighbour {args.explore_neighbour}: among only {args.explore_window} states (--explore-window)")
     if args.explore and args.update_both:
@@ -649,10 +652,11 @@ class PointMaze(GoalEnv):
         return ((10 * way - state[2:]).clamp(-1, 1) + torch.from_numpy(rng.normal(0, 0.1, 2))).clamp(-1, 1)
 
 
-gym.register("Tabletop-v0", entry_point=Tabletop, max_episode_steps=200)
-gym.register("PointMass2D-v0", entry_point=PointMass2D, max_episode_steps=100)
-gym.register("PointMass2DCoarse-v0", entry_point=PointMass2D, max_episode_steps=100, kwargs=dict(frame_skip=4))
-gym.register("PersistentPointMaze-v0", entry_point=PointMaze, max_episode_steps=300)
+if "Tabletop-v0" not in gym.registry:  # a module with a world of your own imports this file once more
+    gym.register("Tabletop-v0", entry_point=Tabletop, max_episode_steps=200)
+    gym.register("PointMass2D-v0", entry_point=PointMass2D, max_episode_steps=100)
+    gym.register("PointMass2DCoarse-v0", entry_point=PointMass2D, max_episode_steps=100, kwargs=dict(frame_skip=4))
+    gym.register("PersistentPointMaze-v0", entry_point=PointMaze, max_episode_steps=300)
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
@@ -685,6 +689,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         names = [] if env_id.rpartition(":")[2] in gym.registry else [env_id, f"dm_control/{env_id}-v0"]
         near = next(filter(None, (difflib.get_close_matches(name, gym.registry, n=3) for name in names)), [])
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
+    if env.spec.id != env_id.rpartition(":")[2]:  # gymnasium takes the latest version, whose presets nobody asked for
+        fail(f"--env-id {env_id}: name the version too, as in {env.spec.id}")
     if render_mode:
         try:
             env.reset(seed=0)
@@ -768,6 +774,11 @@ def make_world(args: Args) -> GoalEnv:
         fail(f"--env-id {args.env_id}: needs the functions of GoalEnv, as Tabletop-v0 and PointMass2D-v0 have; no {', '.join(lacking)}")
     if args.offline and not hasattr(world, "uniform"):
         fail(f"--offline: {args.env_id} cannot draw uniform states; take PointMass2D-v0")
+    state = world.initial(2, np.random.default_rng(0))
+    after = world.transition(state, torch.zeros(2, world.act_dim, dtype=torch.float64))
+    for name, got in dict(initial=state, transition=after).items():
+        if got.shape != (2, world.state_dim):
+            fail(f"--env-id {args.env_id}: {name} of two states gives {list(got.shape)}, not [2, {world.state_dim}] (state_dim)")
     return world
 
 
@@ -1940,7 +1951,10 @@ if __name__ == "__main__":
     args = parse_args(sys.argv[1:])
     check_args(args)
     if args.eval_only:
-        evaluate_policy(args)
+        actor = evaluate_policy(args)["actor"]
+        deployed = evaluate_goals(actor, make_world(args), args.eval_episodes, args.eval_horizon, [args.seed, 1, 0])
+        print("all goals in turn: success rate {eval_success_rate:.2f}, at the end of an episode {eval_success_at_end:.2f}, "
+              "final distance {eval_final_distance:.2f}".format(**deployed))  # fmt: skip
     elif args.offline:
         study(args)
     else:

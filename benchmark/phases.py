@@ -2,8 +2,9 @@
 
     python benchmark/phases.py RUN_DIR --at 0.1 0.5 1 --out phases.png
 
-Reads RUN_DIR/checkpoint.pt, whose replays hold every transition in order. For each share `--at` of the run's forward phases, the phase
-and the backward one after it: paths from above, dark at the start, light at the end; a cross where the phase began, a star at the goal.
+Needs matplotlib (benchmark/requirements.txt). Reads RUN_DIR/checkpoint.pt, whose replays hold every transition in order. For each share
+`--at` of the run's forward phases, the phase and the backward one after it: paths from above, dark at the start, light at the end; a cross
+where the phase began, a star at the goal.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 
 MOVING = {"Tabletop-v0": {"gripper": 0, "mug": 2}}  # first column of each place in a state; elsewhere a point
-STATE_DIM = {"Tabletop-v0": 6}  # elsewhere 4
 
 
 def phases(rows: np.ndarray, obs_dim: int, act_dim: int, n_demos: int, limit: int) -> list[np.ndarray]:
@@ -40,6 +40,8 @@ def main() -> None:
     parser.add_argument("--at", type=float, nargs="+", default=[0.05, 0.25, 0.5, 1.0])
     parser.add_argument("--out", type=Path, default=Path("phases.png"))
     options = parser.parse_args()
+    if not all(0 <= share <= 1 for share in options.at):
+        raise SystemExit("phases.py: error: --at takes shares between 0 and 1")
     if not (options.run_dir / "checkpoint.pt").exists():
         raise SystemExit(f"phases.py: error: {options.run_dir} has no checkpoint.pt")
     content = torch.load(options.run_dir / "checkpoint.pt", weights_only=True)
@@ -55,8 +57,10 @@ def main() -> None:
     of = {name: phases(rows, obs_dim, act_dim, demos[name], args["switch_steps"]) for name, rows in of.items()}
     if not of["backward"]:
         raise SystemExit("phases.py: error: this run had no backward phase yet")
-    moving, state_dim = MOVING.get(env_id, {"point": 0}), STATE_DIM.get(env_id, 4)
-    numbers = [min(round(share * (len(of["forward"]) - 1)), len(of["backward"]) - 1) for share in options.at]
+    moving, state_dim = MOVING.get(env_id, {"point": 0}), len(parts["world"]["state"])
+    if env_id not in MOVING and state_dim < 2:
+        raise SystemExit("phases.py: error: a world whose state begins with a place x, y is needed")
+    numbers = dict.fromkeys(min(round(share * (len(of["forward"]) - 1)), len(of["backward"]) - 1) for share in options.at)
     before = np.cumsum([0, *(len(f) + len(b) - 2 for f, b in zip(of["forward"], of["backward"], strict=False))])
     figure, axes = plt.subplots(2, len(numbers), figsize=(2.7 * len(numbers), 5.6), squeeze=False, layout="constrained")
     for column, number in zip(axes.T, numbers, strict=True):

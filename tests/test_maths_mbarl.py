@@ -818,7 +818,37 @@ def test_it_runs_alone_in_an_empty_folder(tmp_path):
     assert list(tmp_path.glob("runs/Tabletop-v0__mbarl__1__*/policy.pt"))
 
 
+def test_the_docs_own_world_runs(tmp_path):
+    """The page's skeleton and the command below it; in a process of its own, where the skeleton's import is this file's second one."""
+    page = (ROOT / "docs" / "mbarl.md").read_text()
+    (tmp_path / "my_world.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    words = re.search(r"python mbarl.py (--env-id my_world:Line-v0 [^`]*)", page)[1].split()
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+
+    def call(*argv):
+        argv, environment = [sys.executable, str(ROOT / "mbarl.py"), *argv], {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    result = call(*words, "--total-timesteps", "120", "--run-dir", "run")
+    assert result.returncode == 0 and not re.search("[Ww]arn", result.stderr), result.stderr
+    result = call("--eval-only", "--checkpoint", "run", "--eval-episodes", "2")
+    assert re.search(r"^my_world:Line-v0: return .*\nall goals in turn: success rate \d\.\d\d, at the end .*distance \d", result.stdout)
+
+
+@pytest.mark.parametrize("name", ["initial", "transition"])
+def test_a_world_whose_states_have_another_size_is_an_error(name, monkeypatch, capsys):
+    monkeypatch.setattr(mbarl.Tabletop, name, lambda self, *inputs: torch.zeros(2, 5))
+    if name == "transition":
+        monkeypatch.setattr(mbarl.Tabletop, "initial", lambda self, n, rng: torch.zeros(n, 6, dtype=torch.float64))
+    with pytest.raises(SystemExit):
+        mbarl.make_world(mbarl.Args())
+    assert f"{name} of two states gives [2, 5], not [2, 6] (state_dim)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv,expected", [
+    (["--env-id", "Tabletop"], r"--env-id Tabletop: name the version too, as in Tabletop-v0"),
+    (["--true-dynamics", "--algo", "medal"], r"--true-dynamics: nothing is imagined here"),
+    (["--mix-into-replay", "--rollout-length", "0"], r"--mix-into-replay: nothing is imagined here"),
     (["--env-id", "Hopper-v4"], r"--env-id Hopper-v4: needs the functions of GoalEnv"),
     (["--env-id", "Tabletp-v0"], r"Tabletp-v0.*Nearest known: .*Tabletop-v0"),
     (["--algo", "vaprl"], r"invalid choice 'vaprl' for argument '--algo'"),
