@@ -43,7 +43,10 @@ EXPERIMENTS = {
         "on a GPU": ("sac-eo", "gpu", "sac"),
     }
 }
-DRAWN = {"sra_offline": {"sra", "uds", "romi", "bc", "dwbc", "otil", "demodice"}}  # the others stand in tables
+DRAWN = {  # the others stand in tables
+    "sra_offline": {"sra", "uds", "romi", "bc", "dwbc", "otil", "demodice"},
+    "mbarl": {"mbarl", "medal", "fbrl", "naive", "oracle"},
+}
 BESIDE = {"sac_eo": (("hyper", "default", "hyper"), ("hype", "hype", "hype"), ("hype", "bc", "bc"))}  # other scripts' methods
 SEES = {
     "sac": "reward",
