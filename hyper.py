@@ -378,6 +378,8 @@ def check_args(args: Args) -> None:
     """Numbers and combinations that cannot be."""
     for name, value in asdict(args).items():
         flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+        if value == () and getattr(Args, name):
+            fail(f"{flag} needs at least one value")
         for number in (number for number in numbers if isinstance(number, (int, float))):
             if not math.isfinite(number):
                 fail(f"{flag} must be finite, got {value}")
@@ -419,6 +421,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     Dict observations of boxes (dm_control, gymnasium-robotics) are concatenated; Ant and Humanoid observe positions and
     velocities only (27 and 45 numbers), whatever their version adds to them.
     """
+    module, _, name = env_id.rpartition(":")
     warnings.filterwarnings("ignore", message=".*is out of date.*|overflow encountered in cast")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a user's module is
@@ -429,21 +432,24 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             import shimmy
 
             gym.register_envs(shimmy)
-        elif ":" not in env_id and env_id not in gym.registry:
+        elif not module and env_id not in gym.registry:
             with contextlib.redirect_stderr(io.StringIO()):  # it announces changed rewards
                 import gymnasium_robotics
 
             gym.register_envs(gymnasium_robotics)
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError, TypeError) as error:
-        if ":" in env_id and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
+        if "/" in module or module.endswith(".py"):
+            fail(f"--env-id {env_id}: takes a module's name, not a path: my_world:MyEnv-v0 for my_world.py in this folder")
+        if module and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
             raise  # a mistake in the user's module, which its traceback shows
         with contextlib.suppress(ImportError):
             import shimmy  # names dm_control's environments too
-        names = [] if env_id.rpartition(":")[2] in gym.registry else [env_id, f"dm_control/{env_id}-v0"]
+        unknown = name not in gym.registry and not (module and isinstance(error, ModuleNotFoundError))
+        names = [name, *([] if module else [f"dm_control/{name}-v0"])] if unknown else []
         near = next(filter(None, (difflib.get_close_matches(name, gym.registry, n=3) for name in names)), [])
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
-    if env.spec.id != env_id.rpartition(":")[2]:  # gymnasium takes the latest version, whose presets nobody asked for
+    if env.spec.id != name:  # gymnasium takes the latest version, whose presets nobody asked for
         fail(f"--env-id {env_id}: name the version too, as in {env.spec.id}")
     if render_mode:
         try:

@@ -352,6 +352,8 @@ def check_args(args: Args) -> None:
     """Numbers and combinations that cannot be."""
     for name, value in asdict(args).items():
         flag, numbers = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+        if value == () and getattr(Args, name):
+            fail(f"{flag} needs at least one value")
         for number in (number for number in numbers if isinstance(number, (int, float))):
             if not math.isfinite(number):
                 fail(f"{flag} must be finite, got {value}")
@@ -376,6 +378,16 @@ def check_args(args: Args) -> None:
         fail(f"--explore-neighbour {args.explore_neighbour}: among only {args.explore_window} states (--explore-window)")
     if args.explore and args.update_both:
         fail("--explore updates its two policies in turn: --update-both goes without it")
+    if args.offline and args.algo != Args.algo:
+        fail(f"--offline is a study of models and has no arms: leave --algo {args.algo} out")
+    if args.offline and min(args.offline_sizes) < 10:
+        fail(f"--offline-sizes {min(args.offline_sizes)}: too few to hold a fifth out; take 10 or more")
+    if args.offline and args.offline_transitions < max(args.offline_lengths):
+        fail(f"--offline-transitions {args.offline_transitions}: less than one rollout of {max(args.offline_lengths)} steps")
+    if 0 < args.model_rows < 10:
+        fail(f"--model-rows {args.model_rows}: too few to hold a fifth out; take 10 or more, or 0 for all")
+    if args.checkpoint and (Path(args.checkpoint) / "offline.csv").exists():
+        fail(f"--checkpoint {args.checkpoint}: an offline study keeps no policies")
     if args.offline and args.true_dynamics:
         fail("--offline is about learned models: --true-dynamics goes with training")
     if args.offline and args.start != Args.start:
@@ -404,6 +416,8 @@ class GoalEnv(gym.Env):
     goal_mark: slice  # entries of a goal that are a place
 
     def __init__(self, render_mode: str | None = None):
+        if not torch.is_tensor(self.goals) or self.goals.ndim != 2:
+            fail(f"{type(self).__name__}.goals must be a tensor [goals, goal]")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.state_dim + self.goals.shape[1],), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (self.act_dim,), np.float32)
         self.render_mode, self.renderer, self.goal = render_mode, None, self.goals[0]
@@ -665,6 +679,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     Dict observations of boxes (dm_control, gymnasium-robotics) are concatenated; Ant and Humanoid observe positions and
     velocities only (27 and 45 numbers), whatever their version adds to them.
     """
+    module, _, name = env_id.rpartition(":")
     warnings.filterwarnings("ignore", message=".*is out of date.*|overflow encountered in cast")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where a user's module is
@@ -675,21 +690,24 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             import shimmy
 
             gym.register_envs(shimmy)
-        elif ":" not in env_id and env_id not in gym.registry:
+        elif not module and env_id not in gym.registry:
             with contextlib.redirect_stderr(io.StringIO()):  # it announces changed rewards
                 import gymnasium_robotics
 
             gym.register_envs(gymnasium_robotics)
         env = gym.make(env_id, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError, TypeError) as error:
-        if ":" in env_id and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
+        if "/" in module or module.endswith(".py"):
+            fail(f"--env-id {env_id}: takes a module's name, not a path: my_world:MyEnv-v0 for my_world.py in this folder")
+        if module and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
             raise  # a mistake in the user's module, which its traceback shows
         with contextlib.suppress(ImportError):
             import shimmy  # names dm_control's environments too
-        names = [] if env_id.rpartition(":")[2] in gym.registry else [env_id, f"dm_control/{env_id}-v0"]
+        unknown = name not in gym.registry and not (module and isinstance(error, ModuleNotFoundError))
+        names = [name, *([] if module else [f"dm_control/{name}-v0"])] if unknown else []
         near = next(filter(None, (difflib.get_close_matches(name, gym.registry, n=3) for name in names)), [])
         fail(f"--env-id {env_id}: {' '.join(str(error).split())}{' Nearest known: ' + ', '.join(near) if near else ''}")
-    if env.spec.id != env_id.rpartition(":")[2]:  # gymnasium takes the latest version, whose presets nobody asked for
+    if env.spec.id != name:  # gymnasium takes the latest version, whose presets nobody asked for
         fail(f"--env-id {env_id}: name the version too, as in {env.spec.id}")
     if render_mode:
         try:
@@ -774,11 +792,17 @@ def make_world(args: Args) -> GoalEnv:
         fail(f"--env-id {args.env_id}: needs the functions of GoalEnv, as Tabletop-v0 and PointMass2D-v0 have; no {', '.join(lacking)}")
     if args.offline and not hasattr(world, "uniform"):
         fail(f"--offline: {args.env_id} cannot draw uniform states; take PointMass2D-v0")
-    state = world.initial(2, np.random.default_rng(0))
-    after = world.transition(state, torch.zeros(2, world.act_dim, dtype=torch.float64))
-    for name, got in dict(initial=state, transition=after).items():
-        if got.shape != (2, world.state_dim):
-            fail(f"--env-id {args.env_id}: {name} of two states gives {list(got.shape)}, not [2, {world.state_dim}] (state_dim)")
+    rng, state_dim, goal = np.random.default_rng(0), world.state_dim, world.goals[:1].repeat(2, 1)
+    state, action = world.initial(2, rng), torch.zeros(2, world.act_dim, dtype=torch.float64)
+    shapes = dict(initial=((2, rng), (2, state_dim)), transition=((state, action), (2, state_dim)), project=((state,), (2, state_dim)))
+    shapes |= {name: ((state, goal), (2,)) for name in ("success", "reward", "distance")} | dict(held=((state,), (2,)))
+    shapes |= dict(as_goal=((state,), tuple(goal.shape)), expert=((state[0], goal[0], rng), (world.act_dim,)))
+    for name, (inputs, shape) in shapes.items():
+        value = getattr(world, name)(*inputs)
+        got = f"a tensor {list(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+        if got != f"a tensor {list(shape)}":
+            of = "one state" if name == "expert" else "two states"
+            fail(f"--env-id {args.env_id}: {name} of {of} must give a tensor {list(shape)}, not {got}")
     return world
 
 
@@ -1953,8 +1977,8 @@ if __name__ == "__main__":
     if args.eval_only:
         actor = evaluate_policy(args)["actor"]
         deployed = evaluate_goals(actor, make_world(args), args.eval_episodes, args.eval_horizon, [args.seed, 1, 0])
-        print("all goals in turn: success rate {eval_success_rate:.2f}, at the end of an episode {eval_success_at_end:.2f}, "
-              "final distance {eval_final_distance:.2f}".format(**deployed))  # fmt: skip
+        print("as in progress.csv, all goals in turn: success rate {eval_success_rate:.2f}, at the end of an episode "
+              "{eval_success_at_end:.2f}, final distance {eval_final_distance:.2f}".format(**deployed))  # fmt: skip
     elif args.offline:
         study(args)
     else:

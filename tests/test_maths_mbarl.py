@@ -552,6 +552,7 @@ def test_every_arm_runs_and_has_as_many_updates(env, algo, tmp_path):
     actor = mbarl.Actor(policy["obs_dim"], policy["act_dim"], tuple(policy["hidden_sizes"]))
     actor.load_state_dict(policy["actor"])
     args = mbarl.parse_args(["--eval-only", "--checkpoint", str(tmp_path), "--eval-episodes", "2"])
+    mbarl.check_args(args)
     assert args.env_id == env[1] and mbarl.evaluate_policy(args)["eval_length_mean"] == gym.spec(env[1]).max_episode_steps
 
 
@@ -832,17 +833,36 @@ def test_the_docs_own_world_runs(tmp_path):
     result = call(*words, "--total-timesteps", "120", "--run-dir", "run")
     assert result.returncode == 0 and not re.search("[Ww]arn", result.stderr), result.stderr
     result = call("--eval-only", "--checkpoint", "run", "--eval-episodes", "2")
-    assert re.search(r"^my_world:Line-v0: return .*\nall goals in turn: success rate \d\.\d\d, at the end .*distance \d", result.stdout)
+    expected = r"^my_world:Line-v0: return .*\nas in progress.csv, all goals in turn: success rate \d\.\d\d, at the end .*distance \d"
+    assert re.search(expected, result.stdout)
 
 
-@pytest.mark.parametrize("name", ["initial", "transition"])
-def test_a_world_whose_states_have_another_size_is_an_error(name, monkeypatch, capsys):
-    monkeypatch.setattr(mbarl.Tabletop, name, lambda self, *inputs: torch.zeros(2, 5))
-    if name == "transition":
-        monkeypatch.setattr(mbarl.Tabletop, "initial", lambda self, n, rng: torch.zeros(n, 6, dtype=torch.float64))
+@pytest.mark.parametrize("name,value,expected", [
+    ("initial", torch.zeros(2, 5), r"initial of two states must give a tensor \[2, 6\], not a tensor \[2, 5\]"),
+    ("initial", np.zeros((2, 6)), r"initial of two states must give a tensor \[2, 6\], not ndarray"),
+    ("transition", torch.zeros(2, 5), r"transition of two states must give a tensor \[2, 6\]"),
+    ("distance", torch.tensor(1.0), r"distance of two states must give a tensor \[2\], not a tensor \[\]"),
+    ("held", torch.zeros(2, 1), r"held of two states must give a tensor \[2\], not a tensor \[2, 1\]"),
+    ("as_goal", torch.zeros(2, 2), r"as_goal of two states must give a tensor \[2, 6\]"),
+    ("expert", np.zeros(3), r"expert of one state must give a tensor \[3\], not ndarray"),
+])  # fmt: skip
+def test_a_world_whose_function_gives_something_else_is_an_error(name, value, expected, monkeypatch, capsys):
+    class Broken(mbarl.Tabletop):
+        pass
+
+    setattr(Broken, name, lambda self, *inputs: value)
+    monkeypatch.setattr(mbarl, "make_env", lambda env_id: Broken())
     with pytest.raises(SystemExit):
         mbarl.make_world(mbarl.Args())
-    assert f"{name} of two states gives [2, 5], not [2, 6] (state_dim)" in capsys.readouterr().err
+    assert re.search(expected, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("goals", [[[0, 0]], torch.zeros(6)], ids=["list", "one-dimensional"])
+def test_goals_of_another_form_are_an_error(goals, monkeypatch, capsys):
+    monkeypatch.setattr(mbarl.Tabletop, "goals", goals)
+    with pytest.raises(SystemExit):
+        mbarl.Tabletop()
+    assert "Tabletop.goals must be a tensor [goals, goal]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv,expected", [
@@ -858,6 +878,13 @@ def test_a_world_whose_states_have_another_size_is_an_error(name, monkeypatch, c
     (["--offline"], r"--offline: Tabletop-v0 cannot draw uniform states"),
     (["--offline", "--start", "demo"], r"take --offline-starts"),
     (["--offline", "--true-dynamics"], r"--true-dynamics goes with training"),
+    (["--offline", "--algo", "naive", "--env-id", "PointMass2D-v0"], r"--offline is a study of models .* leave --algo naive out"),
+    (["--offline", "--offline-sizes", "9", "20"], r"--offline-sizes 9: too few"),
+    (["--offline", "--offline-transitions", "40"], r"--offline-transitions 40: less than one rollout of 50 steps"),
+    (["--model-rows", "9"], r"--model-rows 9: too few"),
+    (["--model-hidden-sizes"], r"--model-hidden-sizes needs at least one value"),
+    (["--env-id", "./my_world.py:Line-v0"], r"takes a module's name, not a path: my_world:MyEnv-v0"),
+    (["--env-id", "no_such_module:Line-v0"], r"No module named 'no_such_module'[^:]*can be imported.$"),
     (["--explore", "--update-both"], r"--update-both goes without it"),
     (["--total-timesteps", "500"], r"nothing is learned in the first 1000 \(--seed-steps\)"),
     (["--num-demos", "0"], r"--num-demos must be positive"),
