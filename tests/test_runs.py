@@ -478,7 +478,7 @@ def test_eval_only_record_and_imitate(tmp_path):
 
 
 def test_a_simulator_that_is_not_mujocos_own_gives_joints_but_no_states(tmp_path):
-    torch.manual_seed(1)  # of some untrained policies every episode leaves the square
+    torch.manual_seed(0)  # of some untrained policies every episode leaves the square
     args = sac.parse_args([*TINY_SAC, "--env-id", "tests.pointmass:Jointed-v0", "--record-episodes", "2"])
     sac.record_demos(tmp_path / "d.npz", sac.Actor(4, 2, (16, 16)), args, {})
     data = np.load(tmp_path / "d.npz")
