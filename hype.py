@@ -392,7 +392,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             fail(f"--env-id {env_id}: takes a module's name, not a path: my_world:MyEnv-v0 for my_world.py in this folder")
         if module and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
             raise  # a mistake in the user's module, which its traceback shows
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # without a display glfw complains
             import shimmy  # names dm_control's environments too
         unknown = name not in gym.registry and not (module and isinstance(error, ModuleNotFoundError))
         names = [name, *([] if module else [f"dm_control/{name}-v0"])] if unknown else []
@@ -1181,7 +1181,10 @@ def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> di
 
 def load_policy(path: str) -> dict:
     """The policy in a policy.pt, a checkpoint.pt, or a run folder."""
-    content = read_torch_file(Path(path) / "policy.pt" if Path(path).is_dir() else Path(path))
+    file = Path(path) / "policy.pt" if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        fail(f"--checkpoint {path}: {'no policy.pt in this folder' if file != Path(path) else 'no such file'}")
+    content = read_torch_file(file)
     content = content.get("policy", content)
     if not {"actor", "env_id", "obs_dim", "act_dim", "hidden_sizes"} <= content.keys():
         fail(f"--checkpoint {path}: holds no policy")

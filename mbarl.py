@@ -382,12 +382,11 @@ def check_args(args: Args) -> None:
         fail(f"--offline is a study of models and has no arms: leave --algo {args.algo} out")
     if args.offline and min(args.offline_sizes) < 10:
         fail(f"--offline-sizes {min(args.offline_sizes)}: too few to hold a fifth out; take 10 or more")
-    if args.offline and args.offline_transitions < max(args.offline_lengths):
-        fail(f"--offline-transitions {args.offline_transitions}: less than one rollout of {max(args.offline_lengths)} steps")
+    longest = (min if args.equal_rollouts else max)(args.offline_lengths)  # equal ones are counted by the shortest
+    if args.offline and args.offline_transitions < longest:
+        fail(f"--offline-transitions {args.offline_transitions}: less than one rollout of {longest} steps")
     if 0 < args.model_rows < 10:
         fail(f"--model-rows {args.model_rows}: too few to hold a fifth out; take 10 or more, or 0 for all")
-    if args.checkpoint and (Path(args.checkpoint) / "offline.csv").exists():
-        fail(f"--checkpoint {args.checkpoint}: an offline study keeps no policies")
     if args.offline and args.true_dynamics:
         fail("--offline is about learned models: --true-dynamics goes with training")
     if args.offline and args.start != Args.start:
@@ -416,6 +415,9 @@ class GoalEnv(gym.Env):
     goal_mark: slice  # entries of a goal that are a place
 
     def __init__(self, render_mode: str | None = None):
+        lacking = [name for name in ("goals", "state_dim", "act_dim") if not hasattr(self, name)]
+        if lacking:
+            fail(f"{type(self).__name__} has no {', '.join(lacking)}")
         if not torch.is_tensor(self.goals) or self.goals.ndim != 2:
             fail(f"{type(self).__name__}.goals must be a tensor [goals, goal]")
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (self.state_dim + self.goals.shape[1],), np.float32)
@@ -701,7 +703,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             fail(f"--env-id {env_id}: takes a module's name, not a path: my_world:MyEnv-v0 for my_world.py in this folder")
         if module and not render_mode and not isinstance(error, (gym.error.Error, ModuleNotFoundError)):
             raise  # a mistake in the user's module, which its traceback shows
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # without a display glfw complains
             import shimmy  # names dm_control's environments too
         unknown = name not in gym.registry and not (module and isinstance(error, ModuleNotFoundError))
         names = [name, *([] if module else [f"dm_control/{name}-v0"])] if unknown else []
@@ -1593,7 +1595,10 @@ def policy_content(actor: Actor, env: gym.Env, args: Args, env_steps: int) -> di
 
 def load_policy(path: str) -> dict:
     """The policy in a policy.pt, a checkpoint.pt, or a run folder."""
-    content = read_torch_file(Path(path) / "policy.pt" if Path(path).is_dir() else Path(path))
+    file = Path(path) / "policy.pt" if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        fail(f"--checkpoint {path}: {'no policy.pt in this folder' if file != Path(path) else 'no such file'}")
+    content = read_torch_file(file)
     content = content.get("policy", content)
     if not {"actor", "env_id", "obs_dim", "act_dim", "hidden_sizes"} <= content.keys():
         fail(f"--checkpoint {path}: holds no policy")

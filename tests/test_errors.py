@@ -38,6 +38,7 @@ WRONG = [
     (sac, [*HOPPER, "--gamma", "1.5"], r"--gamma must be between 0 and 1, got 1.5"),
     (sac, [*HOPPER, "--actor-lr", "nan"], r"--actor-lr must be finite, got nan"),
     (sac, ["--env-id", "walker-run"], r"Nearest known: dm_control/walker-run-v0"),
+    (sac, ["--env-id", P + "PointMas-v0"], r"Nearest known: PointMass-v0"),
     (sac, [*HOPPER, "--hidden-sizes", "64", "0"], r"--hidden-sizes must be positive"),
     (sac, [*HOPPER, "--no-such-flag", "1"], r"--no-such-flag"),
     (sac, [*HOPPER, "--preset", "fast"], r"invalid choice 'fast' for argument '--preset'. Expected one of"),
@@ -253,7 +254,8 @@ def test_a_broken_policy_file(content, capsys, tmp_path):
     if content is not None:
         path.write_bytes(content)
     line = complaint(sac, ["--eval-only", "--checkpoint", str(path)], capsys, tmp_path)
-    assert f"{path}: not a readable checkpoint (" in line and "weights_only" not in line
+    expected = f"{path}: no such file" if content is None else f"{path}: not a readable checkpoint ("
+    assert expected in line and "weights_only" not in line
 
 
 def test_a_policy_of_an_older_version(finished, capsys, tmp_path):

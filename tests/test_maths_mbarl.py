@@ -753,7 +753,7 @@ def test_the_picture_of_phases_finds_them_again(env_id, tmp_path, monkeypatch):
 
     found, original = [], phases.phases
     monkeypatch.setattr(phases, "phases", lambda *a: [found.append(original(*a)), found[-1]][1])
-    monkeypatch.setattr("sys.argv", ["phases.py", str(tmp_path), "--out", str(tmp_path / "strip.png"), "--at", "0", "1"])
+    monkeypatch.setattr("sys.argv", ["phases.py", str(tmp_path), "--out", str(tmp_path / "strip.png"), "--at", "0", "0", "1"])
     run(mbarl, ["--env-id", env_id, *TINY_MBARL, "--algo", "medal", "--total-timesteps", "90", "--run-dir", tmp_path])
     phases.main()
     forward, backward = found
@@ -763,6 +763,9 @@ def test_the_picture_of_phases_finds_them_again(env_id, tmp_path, monkeypatch):
     ):
         state = {"Tabletop-v0": 6}.get(env_id, 4)
         np.testing.assert_array_equal(one[-1, :state], other[0, :state])  # one long trajectory
+    monkeypatch.setattr("sys.argv", ["phases.py", str(tmp_path), "--at", "1.5"])
+    with pytest.raises(SystemExit, match="--at takes shares between 0 and 1"):
+        phases.main()
 
 
 def test_exploration_collects_for_both_policies(tmp_path, monkeypatch):
@@ -855,6 +858,30 @@ def test_a_world_whose_function_gives_something_else_is_an_error(name, value, ex
     with pytest.raises(SystemExit):
         mbarl.make_world(mbarl.Args())
     assert re.search(expected, capsys.readouterr().err)
+
+
+def test_a_world_without_its_sizes_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        type("Bare", (mbarl.GoalEnv,), {"act_dim": 1})()
+    assert "Bare has no goals, state_dim" in capsys.readouterr().err
+
+
+def test_equal_rollouts_are_counted_by_the_shortest(capsys):
+    flags = ["--env-id", "PointMass2D-v0", "--offline", "--offline-transitions", "40"]
+    mbarl.check_args(mbarl.parse_args([*flags, "--equal-rollouts"]))  # two of each length
+    with pytest.raises(SystemExit):
+        mbarl.check_args(mbarl.parse_args(flags))
+    assert "less than one rollout of 50 steps" in capsys.readouterr().err
+
+
+def test_a_study_has_no_policy_to_evaluate(tmp_path, capsys):
+    (tmp_path / "offline.csv").write_text("seed\n")
+    with pytest.raises(SystemExit):
+        mbarl.parse_args(["--eval-only", "--checkpoint", str(tmp_path)])
+    assert f"--checkpoint {tmp_path}: no policy.pt in this folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        mbarl.parse_args(["--eval-only", "--checkpoint", str(tmp_path / "nowhere.pt")])
+    assert "nowhere.pt: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("goals", [[[0, 0]], torch.zeros(6)], ids=["list", "one-dimensional"])
