@@ -171,11 +171,10 @@ def reset(env: gym.Env, states: np.ndarray | None, reset_prob: float) -> tuple[n
     if from_expert:
         import mujoco
 
-        model, data, spec = env.unwrapped.model, env.unwrapped.data, mujoco.mjtState.mjSTATE_INTEGRATION
+        model, data = env.unwrapped.model, env.unwrapped.data
         state = states[torch.randint(len(states), ())]
-        mujoco.mj_setState(model, data, state, spec)
-        mujoco.mj_forward(model, data)  # what follows from the state; it moves the solver's warm start, a part of it
-        mujoco.mj_setState(model, data, state, spec)
+        mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+        mujoco.mj_forward(model, data)  # everything that follows from the state
         env.set_wrapper_attr("_elapsed_steps", round(data.time / env.unwrapped.dt), force=False)  # of the time limit
         obs = np.float32(env.unwrapped._get_obs()[: len(obs)])
     return obs, from_expert

@@ -58,7 +58,6 @@ class Args:
     checkpoint_every: int = 1_000
     """training steps; a checkpoint (up to 3 GB) is written at the end of an episode"""
     eval_every: int = 10_000
-    """training steps"""
     eval_episodes: int = 10
 
     # Environment and demonstrations
@@ -86,8 +85,6 @@ class Args:
     """bound of the model's predicted mean changes and of the cost"""
 
     # Imagined rollouts
-    expert_start_prob: float = 0.5
-    """probability that the rollouts of a call, all of them, start at expert states instead of learner states"""
     rollouts_per_step: int = 400
     rollout_length: tuple[int, int] = (1, 25)
     rollout_epochs: tuple[int, int] = (20, 100)
@@ -103,7 +100,6 @@ class Args:
     cost_every: int = 1_000
     """training steps between rounds of one gradient step"""
     cost_episodes: int = 4
-    """episodes of the current policy before a round"""
     cost_batch_size: int = 4_096
 
     # SAC
@@ -111,8 +107,7 @@ class Args:
     learning_starts: int = 1_000
     """steps of the untrained policy before learning starts"""
     updates_per_step: int = 30
-    update_every: int = 1
-    """training steps between these updates"""
+    update_every: int = 1  # steps
     batch_size: int = 256
     gamma: float = 0.99
     tau: float = 0.005
@@ -753,8 +748,8 @@ def train(args: Args) -> list[dict]:
         if step == args.total_timesteps:
             break
 
-        # Act: samples of the untrained policy at first, then the deterministic policy. The buffers keep the intended
-        # action, whatever the trembling hand did. The model's queue gets an expert transition for every learner one.
+        # Act: samples of the untrained policy at first, then the deterministic policy. Buffers keep the intended
+        # action, whatever the hand did. The model's queue gets an expert transition for every learner transition.
         action = agent.actor.act(obs, deterministic=step >= args.learning_starts)
         next_obs, _, terminated, truncated, _ = env.step(action)
         env_steps += 1
@@ -769,8 +764,8 @@ def train(args: Args) -> list[dict]:
         if learning_step >= 0 and learning_step % args.model_every == 0:
             data = hybrid.all()
             hold_out = fit_dynamics(dynamics, update_dynamics, data, torch.ones_like(data.rewards), 10**9, args)
-            from_expert = torch.rand(()) < args.expert_start_prob
-            starts = sample(expert if from_expert else learner, args.rollouts_per_step * args.model_every).obs
+            coin = torch.rand(()) < 0.5
+            starts = sample(expert if coin else learner, args.rollouts_per_step * args.model_every).obs
             length = rollout_length(max(learning_step - 1, 0) // 1_000 + 1, args)
             rollouts = imagine(dynamics, agent.actor, starts, length, terminates, args)
             capacity = length * args.rollouts_per_step * 1_000  # an epoch's, if none of them ended early

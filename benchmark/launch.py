@@ -1,102 +1,79 @@
-"""Runs seeds side by side, one core each, and files their progress.csv (mbarl.py --offline: offline.csv) under benchmark/results.
+"""Runs seeds side by side, one thread each, and files their curves under benchmark/results.
 
-    python benchmark/launch.py hyper.py --seeds 1 2 3 --parallel 2 -- --env-id Hopper-v4 --compile --bf16
+    python benchmark/launch.py hyper.py --seeds 1 2 3 --variant default -- --env-id Hopper-v4 --compile
 
-What stands after `--` goes to the script. A run that was interrupted goes on from its checkpoint when the same command is given
-again, an offline study after its last finished policy. `--variant` names the folder of the results where settings differ from the
-preset's (otherwise "offline", or `--algo`, with a `--learner` that is not the usual one, or bco_baseline.py's own `--variant`, or the
-preset).
+What stands after `--` goes to the script. The same command again continues runs that were interrupted; a larger
+--total-timesteps lengthens them. A run that has reached its end is copied to
+benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv, its args.json to seed<k>.json. A longer curve that is there
+already is kept, unless --replace is given.
 """
 
 import argparse
-import importlib
+import csv
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-NO_CHANGE = {"seed", "run_dir", "compile", "bf16", "checkpoint_every", "num_threads", "device", "track", "exp_name",
-             "total_timesteps", "data_dir", "offline"}  # fmt: skip
 
 
-def filed_as(args: dict) -> tuple[str, str]:
-    """Names of the method and of the environment or data set under which the results of these settings stand, if no --variant is given."""
-    variant = "offline" if args.get("offline") else args.get("algo") or args.get("variant") or args["preset"]
-    if args.get("learner", "iql") != "iql":
-        variant += f"-{args['learner']}"
-    if args["preset"] not in (variant, "default"):
-        variant += f"-{args['preset']}"
-    environment = args["env_id"] if args.get("dataset", "own") == "own" else args["dataset"]
-    return variant, re.sub("[/:]", "-", environment)
+def length(path: Path) -> int:
+    """Env steps of a curve, or updates where it has none, or rows of an offline study; 0 if there is no such file."""
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    return int(rows[-1].get("env_steps") or 0) or int(rows[-1].get("updates") or 0) or len(rows) if rows else 0
 
 
-def variant_of(script: str, words: list[str]) -> str:
-    """The name under which results of this command line are filed; an error if it changes the preset."""
-    module = importlib.import_module(Path(script).stem)
-    args = asdict(module.parse_args(words))
-    same = ["preset", *(name for name in ("algo", "learner", "variant") if name in args)]
-    same += ["env_id"] if args.get("dataset", "own") == "own" else ["dataset"]
-    preset = asdict(module.parse_args([word for name in same for word in (f"--{name.replace('_', '-')}", args[name])]))
-    changed = [f"--{name.replace('_', '-')}" for name in args if args[name] != preset[name] and name not in NO_CHANGE]
-    if changed:
-        raise SystemExit(f"launch.py: error: {', '.join(changed)} differ from the preset: name the results' folder with --variant")
-    return filed_as(args)[0]
+def file_result(run_dir: Path, seed: int, variant: str, results: Path, replace: bool) -> str:
+    """Copies a finished run; returns a line about it."""
+    about = json.loads((run_dir / "args.json").read_text())
+    env_id = about["args"]["env_id"].replace("/", "-").replace(":", "-")
+    target = results / about["script"] / variant / env_id / f"seed{seed}.csv"
+    if length(target) > length(run_dir / "progress.csv") and not replace:
+        return f"{target} is longer ({length(target):,} steps) and stays; --replace files {run_dir} instead"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(run_dir / "progress.csv", target)
+    shutil.copy(run_dir / "args.json", target.with_suffix(".json"))
+    return str(target)
 
 
-def launch(script: str, seed: int, words: list[str], variant: str, runs: Path, results: Path) -> tuple[int, str]:
-    """One seed from start to filed result; returns the exit code and a line about it."""
-    run_dir = runs / re.sub(r"[^\w.-]+", "_", " ".join([Path(script).stem, *words, variant, str(seed)]))
-    new = not any((run_dir / name).exists() for name in ("checkpoint.pt", "offline.csv"))  # an offline study has no checkpoint
-    if new:
-        shutil.rmtree(run_dir, ignore_errors=True)
-    argv = [*words, "--seed", str(seed), "--run-dir", str(run_dir)] if new else ["--resume", str(run_dir)]
-    runs.mkdir(parents=True, exist_ok=True)
-    with open(f"{run_dir}.log", "a") as log:
-        code = subprocess.run(
-            [sys.executable, str(ROOT / script), *argv], stdout=log, stderr=log, env={"OMP_NUM_THREADS": "1", **os.environ}
-        ).returncode
-    if code:
-        return code, f"seed {seed}: exit code {code}, see {run_dir}.log"
-    args = json.loads((run_dir / "args.json").read_text())["args"]
-    folder = results / Path(script).stem / variant / filed_as(args)[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(run_dir / ("offline.csv" if args.get("offline") else "progress.csv"), folder / f"seed{seed}.csv")
-    shutil.copy(run_dir / "args.json", folder / f"seed{seed}.json")
-    return 0, f"seed {seed}: {folder / f'seed{seed}.csv'}"
-
-
-def main() -> None:
+def main() -> int:
+    """Runs all seeds; returns the number of those that failed."""
+    argv = sys.argv[1:]
+    at = argv.index("--") if "--" in argv else len(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="file name of the script, such as hyper.py")
+    parser.add_argument("--variant", required=True, help="name of the settings: folder of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--parallel", type=int, default=1, help="runs at the same time")
-    parser.add_argument("--variant", help="folder of the results instead of the preset's name")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where run folders go")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmark" / "results", help="where results are filed")
-    options, words = parser.parse_args(sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else None), []
-    if "--" in sys.argv:
-        words = sys.argv[sys.argv.index("--") + 1 :]
-    if any(word.partition("=")[0] in ("--seed", "--run-dir", "--resume") for word in words):
-        raise SystemExit("launch.py: error: --seed, --run-dir and --resume are the launcher's: take --seeds and --runs")
-    args = asdict(importlib.import_module(Path(options.script).stem).parse_args(words))
-    variant, failed = options.variant or variant_of(options.script, words), 0
-    for seed in options.seeds:
-        path = options.results / Path(options.script).stem / variant / filed_as(args)[1] / f"seed{seed}.json"
-        if path.exists() and (longer := json.loads(path.read_text())["args"]["total_timesteps"]) > args["total_timesteps"]:
-            raise SystemExit(f"launch.py: error: {path} is a run of {longer:,} steps: take another --results or --variant")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders go, from the repository")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmark" / "results")
+    parser.add_argument("--replace", action="store_true", help="also replace longer curves")
+    options, flags = parser.parse_args(argv[:at]), argv[at + 1 :]
+    env_id = next((value for flag, value in pairwise(flags) if flag == "--env-id"), "default")
+    name = f"{Path(options.script).stem}-{options.variant}-{env_id.replace('/', '-').replace(':', '-')}"
+
+    def launch(seed: int) -> int:
+        words = [*flags, "--seed", str(seed), "--run-dir", str(options.runs / f"{name}-seed{seed}")]
+        run_dir = ROOT / words[-1]
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | dict(OMP_NUM_THREADS="1")
+        with open(f"{run_dir}.log", "a") as log:
+            command = [sys.executable, options.script, *words]
+            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=environment).returncode
+        report = f"exit code {code}, see {run_dir}.log"
+        if code == 0:
+            report = file_result(run_dir, seed, options.variant, options.results, options.replace)
+        print(f"seed {seed}: {report}", flush=True)
+        return int(code != 0)
+
     with ThreadPoolExecutor(options.parallel) as pool:
-        for code, line in pool.map(lambda seed: launch(options.script, seed, words, variant, options.runs, options.results), options.seeds):
-            print(line, flush=True)
-            failed = failed or code
-    sys.exit(bool(failed))
+        return sum(pool.map(launch, options.seeds))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""demos/from_minari.py, on small data sets made here."""
+
+import copy
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+
+import hyper
+from demos import from_minari
+
+# Minari writes the environment's entry point into the data set: a name, not a class.
+gym.register("NamedSplit-v0", "tests.pointmass:Split", max_episode_steps=50, disable_env_checker=True)
+
+
+class Copied(minari.StepDataCallback):
+    """The point mass gives the same arrays at every step."""
+
+    def __call__(self, env, **step):
+        return copy.deepcopy(super().__call__(env, **step))
+
+
+@pytest.mark.parametrize("env_id", ["Ant-v5", "NamedSplit-v0"])
+def test_a_minari_data_set_loads_as_what_the_environment_showed(env_id, tmp_path, monkeypatch):
+    """Three recorded episodes, cut short; expected: what make_env gives for the same seeds and actions."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    recorder, env = minari.DataCollector(gym.make(env_id), step_data_callback=Copied), hyper.make_env(env_id)
+    low, high, draw = env.unwrapped.action_space.low, env.unwrapped.action_space.high, np.random.default_rng(0)
+    expected = []
+    for seed in range(3):
+        recorder.reset(seed=seed)
+        obs, _ = env.reset(seed=seed)
+        for _ in range(5 + seed):
+            action = draw.uniform(-1, 1, low.shape).astype(np.float32)
+            recorder.step(low + (action + 1) / 2 * (high - low))
+            next_obs, reward, *_ = env.step(action)
+            expected.append((obs, action, reward, next_obs))
+            obs = next_obs
+    recorder.create_dataset("test/three-v0")
+    from_minari.main(from_minari.Args("test/three-v0", tmp_path / "two.npz", episodes=2))
+    minari.delete_dataset("test/three-v0")
+
+    obs, actions, rewards, next_obs = (torch.as_tensor(np.array(column[:11])) for column in zip(*expected, strict=True))
+    demos, mean_return = hyper.load_demos(str(tmp_path / "two.npz"), env, 2, "cpu")
+    torch.testing.assert_close(demos.obs, obs)
+    torch.testing.assert_close(demos.actions, actions)
+    torch.testing.assert_close(demos.next_obs, next_obs)
+    assert mean_return == pytest.approx(rewards.sum().item() / 2, rel=1e-5)
+    assert not demos.terminations.any()  # cut short is no termination
+    file = np.load(tmp_path / "two.npz")
+    assert np.flatnonzero(file["truncations"]).tolist() == [4, 10]

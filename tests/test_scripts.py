@@ -1,0 +1,162 @@
+"""Every script as a user runs it: alone in an empty folder, killed and started again, longer, with another seed."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import evaluate
+from tests.conftest import POINT, ROOT, rows, run
+
+KILLS = int(os.environ.get("KILLS", 1))
+
+# Script -> settings of a run of a few seconds. Checkpoints come with every end of an episode, or so many steps.
+RUN = "--hidden-sizes 16 16 --eval-every 60 --eval-episodes 2 --total-timesteps 300"
+HOPPER = f"{RUN} --env-id Hopper-v4 --learning-starts 60 --checkpoint-every 1"
+IMITATE = f"{HOPPER} --batch-size 16 --num-demos 4"
+MODEL = "--model-hidden-sizes 16 16 --model-every 30"
+COST = "--cost-hidden-sizes 16 16"
+OFFLINE = f"{RUN} --env-id Hopper-v4 --batch-size 16 --checkpoint-every 40 --num-demos 4 --model-hidden-sizes 16 16"
+STATES = f"{MODEL} --model-batch-size 20 --model-batches 10 --expert-batch-size 16 --num-demos 4"
+COMMANDS = {
+    "sac": f"{HOPPER} --batch-size 16",
+    "hyper": f"{IMITATE} {MODEL} {COST} --model-first-batches 20 --model-batches 5 --updates-per-step 2 "
+    "--rollouts-per-step 4",
+    "hype": f"{IMITATE} {COST} --cost-batch-size 16",
+    "sac_eo": f"{HOPPER} {STATES} --batch-size 16",
+    "bco_baseline": f"{HOPPER} {STATES}",
+    "mbarl": f"{RUN} {MODEL} --batch-size 16 --checkpoint-every 40 --model-first-batches 20 --model-batches 5 "
+    "--num-demos 4 --learning-starts 40 --switch-steps 25 --classifier-batch-size 16",
+    "sra_offline": f"{OFFLINE} --offline-data demos/Hopper-v4.npz --model-batches 20 --rollout-every 100 "
+    "--warmup-steps 0 --num-imagined 300",
+    "hyper_paper": f"{IMITATE} {MODEL} {COST} --model-patience 1 --updates-per-step 2 --rollouts-per-step 4 "
+    "--cost-every 50 --cost-episodes 1 --cost-batch-size 16",
+}
+COMMANDS = {script: words for script, words in COMMANDS.items() if (ROOT / f"{script}.py").exists()}
+FILES = {  # what a script needs beside it
+    "mbarl": ("envs/point_mass.py", "envs/point_maze.py", "envs/tabletop.py"),
+    "sra_offline": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
+}
+STEP = {"sra_offline": "updates", "offline_baselines": "updates", "hyper_paper": "charts/train_steps"}
+PLANNED = ("sra_offline", "offline_baselines")  # learning rates are planned for the length of the run
+OWN_EVALUATION = ("mbarl", "hyper_paper")  # of given goals, with a trembling hand
+COLUMNS = "env_steps wall_time_s eval_return_mean eval_return_std eval_length_mean eval_success_rate".split()
+
+# Script -> settings with which it learns the point mass.
+FAST = "--hidden-sizes 32 32 --batch-size 64 --learning-starts 200 --gamma 0.9 --actor-lr 3e-3 --critic-lr 3e-3"
+LEARNS = {
+    "sac": f"{FAST} --total-timesteps 1500",
+    "hyper": f"{FAST} --total-timesteps 800 --updates-per-step 2 --no-normalise-obs --ema-steps 200 --cost-lr 3e-3 "
+    "--cost-hidden-sizes 32 32 --model-hidden-sizes 32 32 --model-every 50 --model-first-batches 200 "
+    "--model-batches 20",
+}
+
+
+class Run(NamedTuple):
+    script: str
+    words: str
+    folder: Path
+    run_dir: Path
+    rows: list[dict[str, str]]
+
+
+def start(script: str, words: str, folder: Path) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [sys.executable, f"{script}.py", *words.split()]
+    return subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def alone(request, tmp_path_factory) -> Run:
+    """A finished run of the script, copied into a folder that holds nothing but its environment and a demo file."""
+    script, words, folder = request.param, COMMANDS[request.param], tmp_path_factory.mktemp(request.param)
+    for name in (f"{script}.py", *FILES.get(script, ["demos/Hopper-v4.npz"])):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    process = start(script, words, folder)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    (run_dir,) = (folder / "runs").iterdir()
+    return Run(script, words, folder, run_dir, rows(run_dir))
+
+
+def steps(run: Run) -> list[int]:
+    return [int(row[STEP.get(run.script, "env_steps")]) for row in run.rows]
+
+
+def test_a_run_writes_all_that_it_should(alone):
+    with open(alone.run_dir / "progress.csv") as file:
+        columns = [name for name in file.readline().strip().split(",") if name != "updates"]
+    assert columns[: len(COLUMNS)] == COLUMNS and (alone.script in ("sac", "mbarl") or "expert_return" in columns)
+    assert steps(alone) == list(range(0, 301, 60))
+    assert all(value not in ("", "nan", "inf") for name, value in alone.rows[-1].items() if name.startswith("losses/"))
+    files = {path.name for path in alone.run_dir.iterdir()}
+    assert {"args.json", "progress.csv", "policy.pt", "checkpoint.pt"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files) and not any(".tmp" in name for name in files)
+
+
+def test_the_saved_policy_is_the_evaluated_one(alone, capsys):
+    """evaluate.py on the last evaluation's seeds finds the last evaluation's return."""
+    torch.set_flush_denormal(True)
+    evaluate.main(evaluate.Args(alone.run_dir, episodes=2, seed=1_000_300))
+    found = float(capsys.readouterr().out.split("return ")[1].split()[0])
+    if alone.script not in OWN_EVALUATION:
+        assert found == pytest.approx(float(alone.rows[-1]["eval_return_mean"]), abs=0.06)
+
+
+def test_the_same_seed_gives_the_same_rows_whatever_is_evaluated_between(alone):
+    more = run(alone.script, f"{alone.words} --eval-every 30", alone.folder, "more")
+    assert more[::2] == alone.rows and len(more) == 11
+
+
+def test_another_seed_gives_other_rows(alone):
+    assert run(alone.script, f"{alone.words} --seed 2", alone.folder, "other")[-1] != alone.rows[-1]
+
+
+def test_a_longer_run_goes_on_as_if_it_had_been_so_long_from_the_start(alone):
+    if alone.script in PLANNED:
+        pytest.skip("its learning rates are planned for the length of the run")
+    assert run(alone.script, f"{alone.words} --total-timesteps 180", alone.folder, "longer") == alone.rows[:4]
+    assert run(alone.script, alone.words, alone.folder, "longer") == alone.rows
+
+
+def test_another_setting_is_refused_by_its_two_values(alone):
+    run_dir = str(alone.run_dir.relative_to(alone.folder))
+    for words, message in (("--seed 7", "--seed was 1 in"), ("--total-timesteps 60", "--total-timesteps was 300 in")):
+        with pytest.raises(SystemExit, match=rf"^{alone.script}\.py: {message} runs/.*, now it is {words.split()[1]}"):
+            run(alone.script, f"{alone.words} {words}", alone.folder, run_dir)
+
+
+def test_a_killed_run_goes_on_exactly(alone):
+    """kill -9 at a random moment after the first checkpoint. KILLS=10 kills ten times."""
+    killed, checkpoint = 0, alone.folder / "killed" / "checkpoint.pt"
+    while killed < KILLS:
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        process = start(alone.script, f"{alone.words} --run-dir killed", alone.folder)
+        while process.poll() is None and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.1))
+        process.kill()
+        _, errors = process.communicate()
+        assert process.returncode in (-9, 0), errors
+        killed += process.returncode == -9
+        if process.returncode == 0:  # it was over already: once more
+            shutil.rmtree(alone.folder / "killed")
+    assert run(alone.script, alone.words, alone.folder, "killed") == alone.rows
+
+
+@pytest.mark.parametrize("script", LEARNS)
+def test_it_learns(script, tmp_path, demos):
+    """Of the expert's return of 48, less than a fifth at first and at last three fifths or more."""
+    words = f"--env-id {POINT} {LEARNS[script]} --eval-every 500 --eval-episodes 10"
+    words += f" --demos {demos} --num-demos 5" if script != "sac" else ""
+    first, *_, last = run(script, words, tmp_path)
+    assert float(first["eval_return_mean"]) < 0.2 * 48 < 0.6 * 48 < float(last["eval_return_mean"])
+    assert float(last["eval_success_rate"]) > 0.5
