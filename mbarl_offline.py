@@ -8,7 +8,7 @@ those of demonstrations ("demo"). progress.csv has one row a cell.
     python mbarl_offline.py --env-id PointMass2DCoarse-v0    # steps twice as long
     python mbarl_offline.py --run-dir runs/a                 # the same command again goes on with the cells not there
 
-What the poster found and what this finds: docs/mbarl.md
+What the poster found and what this finds: docs/mbarl_offline.md
 """
 
 import copy

@@ -125,7 +125,7 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def load_states(path: str, env: gym.Env, num_demos: int, device: str) -> tuple[Batch, float]:
+def load_expert(path: str, env: gym.Env, num_demos: int, device: str) -> tuple[Batch, float]:
     """The file's first trajectories and their mean return. It may lack actions, which then are NaN."""
     if not Path(path).exists():
         raise SystemExit(f"{SCRIPT}.py: no demonstrations at {path}; give --demos PATH")
@@ -481,7 +481,7 @@ def train(args: Args) -> list[dict]:
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
-    expert, expert_return = load_states(demos, env, args.num_demos, args.device)
+    expert, expert_return = load_expert(demos, env, args.num_demos, args.device)
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     models = state.get("models") or TwinModels(obs_dim, act_dim, args)

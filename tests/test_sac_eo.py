@@ -335,7 +335,7 @@ def test_rank_correlation_of_disagreement_and_error():
 # ------------------------------------------------------------------------------------------------- whole runs
 def test_demonstrations_with_and_without_actions(demos, tmp_path):
     env, data = sac_eo.make_env(POINT), dict(np.load(demos))
-    expert, expert_return = sac_eo.load_states(demos, env, 2, "cpu")
+    expert, expert_return = sac_eo.load_expert(demos, env, 2, "cpu")
     n = len(expert.obs)
     np.testing.assert_array_equal(expert.obs, data["observations"][:n])
     np.testing.assert_array_equal(expert.next_obs, data["next_observations"][:n])
@@ -343,14 +343,14 @@ def test_demonstrations_with_and_without_actions(demos, tmp_path):
     assert n == 100 and expert_return == pytest.approx(data["rewards"][:n].sum() / 2)
     del data["actions"]
     np.savez(tmp_path / "states.npz", **data)
-    states, _ = sac_eo.load_states(str(tmp_path / "states.npz"), env, 2, "cpu")
+    states, _ = sac_eo.load_expert(str(tmp_path / "states.npz"), env, 2, "cpu")
     assert torch.equal(states.next_obs, expert.next_obs) and states.actions.isnan().all()
     with pytest.raises(SystemExit, match="5 trajectories of 4 observations; needed are 9"):
-        sac_eo.load_states(demos, env, 9, "cpu")
+        sac_eo.load_expert(demos, env, 9, "cpu")
     with pytest.raises(SystemExit, match="of 3"):
-        sac_eo.load_states(demos, sac_eo.make_env("Pendulum-v1"), 2, "cpu")
+        sac_eo.load_expert(demos, sac_eo.make_env("Pendulum-v1"), 2, "cpu")
     with pytest.raises(SystemExit, match="no demonstrations at nowhere"):
-        sac_eo.load_states("nowhere.npz", env, 2, "cpu")
+        sac_eo.load_expert("nowhere.npz", env, 2, "cpu")
 
 
 @pytest.mark.parametrize("script", [sac_eo, bco_baseline])
