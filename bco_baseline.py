@@ -123,6 +123,12 @@ def load_expert(path: str, env: gym.Env, num_demos: int, device: str) -> tuple[B
     return demos, float(data["rewards"][:n].sum() / num_demos)
 
 
+def sample(data: Batch, *shape: int) -> Batch:
+    """Transitions [*shape, ...], uniformly with replacement."""
+    index = torch.randint(len(data.obs), (math.prod(shape),), device=data.obs.device)
+    return Batch(*(field.index_select(0, index).unflatten(0, shape) for field in data))
+
+
 class ReplayBuffer:
     """First-in-first-out buffer of transitions."""
 
@@ -141,12 +147,6 @@ class ReplayBuffer:
 
     def all(self) -> Batch:
         return Batch(*(field[: self.size] for field in self.data))
-
-
-def sample(data: Batch, *shape: int) -> Batch:
-    """Transitions [*shape, ...], uniformly with replacement."""
-    index = torch.randint(len(data.obs), (math.prod(shape),), device=data.obs.device)
-    return Batch(*(field.index_select(0, index).unflatten(0, shape) for field in data))
 
 
 # -------------------------------------------------------------------------------------------------- networks

@@ -101,6 +101,12 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
+def sample(data: Batch, *shape: int) -> Batch:
+    """Transitions [*shape, ...], uniformly with replacement."""
+    index = torch.randint(len(data.obs), (math.prod(shape),), device=data.obs.device)
+    return Batch(*(field.index_select(0, index).unflatten(0, shape) for field in data))
+
+
 class ReplayBuffer:
     """First-in-first-out buffer of transitions."""
 
@@ -119,12 +125,6 @@ class ReplayBuffer:
 
     def all(self) -> Batch:
         return Batch(*(field[: self.size] for field in self.data))
-
-
-def sample(data: Batch, *shape: int) -> Batch:
-    """Transitions [*shape, ...], uniformly with replacement."""
-    index = torch.randint(len(data.obs), (math.prod(shape),), device=data.obs.device)
-    return Batch(*(field.index_select(0, index).unflatten(0, shape) for field in data))
 
 
 # -------------------------------------------------------------------------------------------------- networks

@@ -327,7 +327,7 @@ def test_model_learns_the_closed_form(algo):
     actions = rng.uniform(-1, 1, (6_000, 2))
     columns = exact_reverse(next_obs, actions), actions, np.zeros(6_000), next_obs, np.zeros(6_000)
     data = sra.Batch(*(torch.as_tensor(column, dtype=torch.float32) for column in columns))
-    args = sra.Args(algo=algo, model_hidden_sizes=(64, 64), batch_size=128, model_batches=600)
+    args = sra.Args(algo=algo, model_hidden_sizes=(64, 64), batch_size=128, model_batches=400)
     model, error = fitted_model(args, data)
     near, far = (data.obs, data.next_obs) if algo == "forward" else (data.next_obs, data.obs)
     scale = model.normalise.std
@@ -339,13 +339,15 @@ def test_reverse_model_is_as_good_as_least_squares_on_maze_data(offline):
     """The dynamics are linear but at walls and at the speed limit."""
     names = ("observations", "actions", "rewards", "next_observations", "terminations")
     data = sra.Batch(*(torch.from_numpy(offline[name]) for name in names))
-    args = sra.Args(model_hidden_sizes=(64, 64), batch_size=128, model_batches=800)
-    model, error = fitted_model(args, data)
-    delta = ((data.obs - data.next_obs) / model.normalise.std).numpy()
+    args = sra.Args(model_hidden_sizes=(64, 64), batch_size=128, model_batches=500)
+    model, _ = fitted_model(args, data)
+    scale = model.normalise.std.numpy()
+    delta = (data.obs - data.next_obs).numpy() / scale
     design = np.concatenate([data.next_obs, data.actions, np.ones((len(delta), 1))], 1)
-    solution = np.linalg.lstsq(design, delta, rcond=None)[0]
-    linear = ((design @ solution - delta) ** 2).mean() / (delta**2).mean()
-    assert 0.0005 < linear < 0.01 and error < 2 * linear
+    linear = design @ np.linalg.lstsq(design, delta, rcond=None)[0]
+    predicted = (model.predict(data.next_obs, data.actions) - data.next_obs).numpy() / scale
+    errors = [((guess - delta) ** 2).mean() / (delta**2).mean() for guess in (linear, predicted)]
+    assert errors[0] < 0.05 and errors[1] < 1.2 * errors[0]
 
 
 def test_each_member_keeps_its_best_weights():
@@ -507,19 +509,20 @@ def test_steps_follow_a_learning_rate_that_changes(learner):
     assert step == pytest.approx(1e-2, rel=1e-2)  # Adam's first step
 
 
-@pytest.mark.parametrize("learner", ["iql", "td3bc", "awac", "sac-n"])
-def test_bf16_steps_see_the_weights_as_they_are(learner):
-    """With autocast as train sets it an update equals one that forgets cast weights after each optimiser's step."""
-    agent, args = agent_and_args(learner=learner, lr=0.1, hidden_sizes=(32, 32))
-    expert, other, noise = transitions(8, 1, 1.0), transitions(6, 2), torch.randn(2, 14, 2)
-    forgetful = copy.deepcopy(agent)
-    for name in ("actor", "critic", "value"):
-        optimizer = getattr(forgetful, f"{name}_optimizer")
-        optimizer.step = lambda grads, step=optimizer.step: [step(grads), torch.clear_autocast_cache()]
-    for one, cached in ((agent, False), (forgetful, True)):
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
-            sra.UPDATES[learner](one, expert, other, noise, True, args)
-    assert all(torch.equal(p, q) for p, q in zip(agent.parameters(), forgetful.parameters(), strict=True))
+def test_bf16_networks_are_seen_as_an_update_left_them(tmp_path, monkeypatch):
+    """autocast, as train sets it, does not keep old weights: updates evaluate a network that they have just changed."""
+    settings, autocast = [], torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: [settings.append((a, k)), autocast(*a, **k)][1])
+    file = write_episodes(tmp_path / "a.npz", [30])
+    tiny = dict(demos=file, offline_data=(file,), num_demos=1, hidden_sizes=(8, 8), eval_episodes=1, total_timesteps=2)
+    sra.train(sra.Args(algo="bc", bf16=True, run_dir=str(tmp_path / "run"), **tiny))
+    (positional, keywords), agent = settings[0], agent_and_args()[0]
+    batch = transitions(8, 1)
+    with autocast(*positional, **keywords):
+        q = agent.critic(batch.obs, batch.actions)
+        agent.critic_optimizer.step(gradients(q.sum(), agent.critic))
+        assert (agent.critic(batch.obs, batch.actions) < q).all()
+    assert keywords["enabled"]
 
 
 def test_tuned_settings_are_flags():
