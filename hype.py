@@ -9,7 +9,7 @@ current cost. So the policy only has to compete with the expert. --algo picks on
     python hype.py --env-id Hopper-v4 --algo bc            # behaviour cloning: no environment steps, a minute
     python hype.py --env-id Hopper-v4 --run-dir runs/a     # the same command again continues an interrupted run
 
-Expected with ten demonstrations: Hopper-v4 at the expert's return after 30,000 real steps (6 minutes on one core),
+Expected with ten demonstrations: Hopper-v4 at the expert's return after 35,000 real steps (7 minutes on one core),
 Ant-v4 at 90% after 35,000 (8 minutes). Where this differs from the authors' code, and why: docs/hype.md
 """
 
@@ -45,9 +45,9 @@ class Args:
     # Experiment
     env_id: str = "Ant-v4"
     """gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too"""
-    algo: Literal["hype", "mm", "filter", "hype-filter", "bc-reg", "gail", "bc"] = "hype"  # see ALGOS
+    algo: Literal["hype", "mm", "filter", "hype-filter", "bc-reg", "gail", "bc"] = "hype"  # see ALGOS below
     seed: int = 1
-    total_timesteps: int = 75_000  # with --algo bc, gradient steps
+    total_timesteps: int = 75_000  # of --algo bc, gradient steps
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     compile: bool = False
     """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
@@ -68,7 +68,7 @@ class Args:
     reset_prob: float = 0.0  # probability, below 1, that a training episode starts at a demonstrated state
 
     # Cost (discriminator)
-    cost_loss: Literal["moment", "logistic"] = "moment"  # or GAIL's
+    cost_loss: Literal["moment", "logistic"] = "moment"  # moment matching, or GAIL's
     cost_hidden_sizes: tuple[int, ...] = (128, 128)
     cost_batch_size: int = 128  # of the expert, and of the learner
     cost_lr: float = 1e-4

@@ -689,7 +689,7 @@ def train(args: Args) -> list[dict]:
             from_expert = torch.rand(n, 1, device=args.device) < args.expert_start_prob
             starts = torch.where(from_expert, sample(expert, n).obs, sample(learner, n).obs)
             shortest, longest = args.rollout_length
-            length = int(shortest + (longest - shortest) * min(learning_step / 15_000, 1))
+            length = int(shortest + (longest - shortest) * min(step / 15_000, 1))
             rollouts.append(imagine(dynamics, agent.actor, starts, length, terminates, args))
             imagined = concat(*rollouts)
             recent = Batch(*(field[-1_000:] for field in learner))

@@ -170,7 +170,7 @@ class Batch(NamedTuple):
 def load_episodes(path: str, env: gym.Env, device: str) -> tuple[list[Batch], np.ndarray]:
     """All whole trajectories of a file, actions in [-1, 1], rewards 0, and their returns. Schema: demos/README.md"""
     if not Path(path).exists():
-        record = f"python evaluate.py POLICY --sample --episodes 300 --record {path}"
+        record = f"evaluate.py POLICY --sample --record {path}"
         raise SystemExit(f"{SCRIPT}.py: no data at {path}; give --demos and --offline-data, or record them: {record}")
     data = dict(np.load(path))
     found, expected = data["observations"].shape[1], env.observation_space.shape[0]

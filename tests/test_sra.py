@@ -521,8 +521,9 @@ def test_bf16_networks_are_seen_as_an_update_left_them(tmp_path, monkeypatch):
     with autocast(*positional, **keywords):
         q = agent.critic(batch.obs, batch.actions)
         agent.critic_optimizer.step(gradients(q.sum(), agent.critic))
-        assert (agent.critic(batch.obs, batch.actions) < q).all()
-    assert keywords["enabled"]
+        now = agent.critic(batch.obs, batch.actions)
+    with autocast("cpu", torch.bfloat16):
+        assert torch.equal(now, agent.critic(batch.obs, batch.actions)) and not torch.equal(now, q)
 
 
 def test_tuned_settings_are_flags():
