@@ -7,8 +7,8 @@ rollouts of up to 25 steps, and takes steps of optimistic Adam.
     python hyper_paper.py --env-id Hopper-v4 --num-demos 10                 # settings of this robot, see TUNED below
     python hyper_paper.py --env-id Ant-v4 --num-demos 10 --run-dir runs/a   # the same command again continues it
 
-Expected: unknown, no run has been finished. Hopper takes 5 seconds a step and 220 hours in all on one core. Each piece
-was held against the authors' code instead; how, and what still differs: docs/hyper_paper.md
+Expected: unknown, no robot has been trained to the end. Hopper takes 5 seconds a step, 220 hours in all, on one core.
+Each piece was held against the authors' code instead; how, and what still differs: docs/hyper_paper.md
 """
 
 import copy
