@@ -9,7 +9,7 @@ import torch
 import hyper
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
-ARGS = hyper.Args(hidden_sizes=(16, 16), model_hidden_sizes=(16, 16), cost_hidden_sizes=(16, 16), bc_coef=10.0)
+ARGS = hyper.Args(hidden_sizes=(16,), model_hidden_sizes=(16,), cost_hidden_sizes=(16,), bc_coef=10.0)
 
 
 def batch_of(n: int) -> hyper.Batch:
