@@ -1,8 +1,8 @@
 """HyPER: hybrid model-based inverse RL (Ren et al., "Hybrid Inverse Reinforcement Learning", arXiv 2402.08848).
 
 Imitation as a game. The cost player learns a cost that is low on expert and high on learner transitions; the policy
-player minimises it with SAC on imagined rollouts. Both the dynamics ensemble and the rollouts' start states are hybrid:
-half expert, half learner. So the policy only has to compete with the expert and needs few real steps.
+player minimises it with SAC, half of whose batch is imagined. The dynamics ensemble and the rollouts' start states are
+hybrid: half expert, half learner. So the policy only has to compete with the expert and needs few real steps.
 
     python hyper.py --env-id Ant-v4                        # settings tuned for this robot, see TUNED below
     python hyper.py --env-id Hopper-v4 --compile --bf16    # about twice as fast on a CPU with bfloat16
@@ -68,7 +68,7 @@ class Args:
 
     # Dynamics ensemble
     model_data: Literal["hybrid", "learner"] = "hybrid"
-    """"hybrid": half expert, half learner transitions; "learner": the usual model-based RL"""
+    """"hybrid": half expert, half learner transitions; "learner": the learner's alone"""
     model_members: int = 7
     model_elites: int = 5
     model_hidden_sizes: tuple[int, ...] = (200, 200, 200, 200)
@@ -105,9 +105,8 @@ class Args:
     learning_starts: int = 1_000  # steps of the untrained policy before
     updates_per_step: int = 10
     batch_size: int = 256
-    real_ratio: float = 0.25
-    expert_ratio: float = 0.25
-    """shares of real learner and expert transitions in a batch; the rest is imagined"""
+    real_ratio: float = 0.25  # share of the learner's real transitions in a batch
+    expert_ratio: float = 0.25  # share of the expert's; the rest is imagined
     bc_coef: float = 0.0
     """weight of behaviour cloning of the batch's expert transitions in the actor's loss"""
     gamma: float = 0.99
@@ -123,6 +122,7 @@ class Args:
 
 
 # Settings that differ from the defaults above; a flag on the command line beats them.
+# Robots on which behaviour cloning helps:
 CLONES = dict(total_timesteps=10_000, ema_steps=5_000, bc_coef=1_000.0, rollout_length=(1, 1), rollout_noise=False)
 TUNED = {
     "Hopper": dict(total_timesteps=12_000, normalise_obs=False),
@@ -679,7 +679,7 @@ def train(args: Args) -> list[dict]:
                 for network in (agent.actor, agent.ema_actor, agent.critic, agent.target_critic):
                     network.normalise.fit(expert.obs, learner.obs)
 
-        # Model: fit it to expert and learner transitions, then imagine rollouts from expert and learner states
+        # Model: fit it to expert and learner transitions (hybrid), then imagine rollouts from states of both
         if learning_step >= 0 and learning_step % args.model_every == 0:
             sources = [learner, expert] if args.model_data == "hybrid" else [learner]
             weights = torch.cat([torch.full_like(data.rewards, 1 / len(data.obs)) for data in sources])
