@@ -11,6 +11,8 @@ import torch
 import hyper
 from demos import from_minari
 
+pytest.importorskip("jax", reason="Minari needs jax to make a data set (pip install 'minari[create]'), not to read one")
+
 # Minari writes the environment's entry point into the data set: a name, not a class.
 gym.register("NamedSplit-v0", "tests.pointmass:Split", max_episode_steps=50, disable_env_checker=True)
 
