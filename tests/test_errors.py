@@ -18,7 +18,7 @@ WORLDS = {
     ],
     "hyper": [("--env-id tests.pointmass:Lawless-v0 --demos DEMOS --num-demos 5", r"Add its rule to TERMINATION")],
     "mbarl": [(f"--env-id {POINT}", r"PointMass-v0 has no goals, .* docs/mbarl.md shows a world")],
-    "mbarl_offline": [("--env-id Tabletop-v0", r"no uniform_states\(n, rng\); take PointMass2D-v0")],
+    "mbarl_offline": [("--env-id envs.tabletop:Tabletop-v0", r"no uniform_states\(n, rng\); take PointMass2D-v0")],
     "sra_offline": [(f"{COMMANDS.get('sra_offline')} --num-imagined 1", r"nothing is imagined; give fewer --warmup")],
 }
 WORLDS = [(script, *case) for script, cases in WORLDS.items() for case in cases if (ROOT / f"{script}.py").exists()]

@@ -24,7 +24,8 @@ HOPPER = f"{RUN} --env-id Hopper-v4 --learning-starts 60 --checkpoint-every 1"
 IMITATE = f"{HOPPER} --batch-size 16 --num-demos 4"
 MODEL = "--model-hidden-sizes 16 16 --model-every 30"
 COST = "--cost-hidden-sizes 16 16"
-OFFLINE = f"{RUN} --env-id Hopper-v4 --batch-size 16 --checkpoint-every 40 --num-demos 4 --model-hidden-sizes 16 16"
+OFFLINE = f"{RUN} --env-id Hopper-v4 --batch-size 16 --checkpoint-every 40 --num-demos 4"
+OFFLINE += " --offline-data demos/Hopper-v4.npz"
 STATES = f"{MODEL} --model-batch-size 20 --model-batches 10 --expert-batch-size 16 --num-demos 4"
 COMMANDS = {
     "sac": f"{HOPPER} --batch-size 16",
@@ -35,8 +36,9 @@ COMMANDS = {
     "bco_baseline": f"{HOPPER} {STATES}",
     "mbarl": f"{RUN} {MODEL} --batch-size 16 --checkpoint-every 40 --model-first-batches 20 --model-batches 5 "
     "--num-demos 4 --learning-starts 40 --switch-steps 25 --classifier-batch-size 16",
-    "sra_offline": f"{OFFLINE} --offline-data demos/Hopper-v4.npz --model-batches 20 --rollout-every 100 "
-    "--warmup-steps 0 --num-imagined 300",
+    "sra_offline": f"{OFFLINE} --model-hidden-sizes 16 16 --model-batches 20 --rollout-every 100 --warmup-steps 0 "
+    "--num-imagined 300",
+    "offline_baselines": OFFLINE,
     "hyper_paper": f"{IMITATE} {MODEL} {COST} --model-patience 1 --updates-per-step 2 --rollouts-per-step 4 "
     "--cost-every 50 --cost-episodes 1 --cost-batch-size 16",
 }
@@ -44,6 +46,7 @@ COMMANDS = {script: words for script, words in COMMANDS.items() if (ROOT / f"{sc
 FILES = {  # what a script needs beside it
     "mbarl": ("envs/point_mass.py", "envs/point_maze.py", "envs/tabletop.py"),
     "sra_offline": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
+    "offline_baselines": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
 }
 STEP = {"sra_offline": "updates", "offline_baselines": "updates", "hyper_paper": "charts/train_steps"}
 PLANNED = ("sra_offline", "offline_baselines")  # learning rates are planned for the length of the run
