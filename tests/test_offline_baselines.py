@@ -1,0 +1,136 @@
+"""offline_baselines.py against hand calculation or a second method."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import offline_baselines as ob
+from tests import pointmass
+from tests.conftest import POINT, run
+
+
+def agent_and_args(algo: str, **settings):
+    torch.manual_seed(0)
+    args = ob.Args(**dict(algo=algo, hidden_sizes=(16, 16), weight_decay=0.0) | settings)
+    agent = ob.BaselineAgent(4, 2, args)
+    agent.actor.normalise.fit(2 * torch.randn(100, 4) + 1)
+    return agent, args
+
+
+def transitions(n: int, seed: int, shift: float = 0.0) -> ob.Batch:
+    generator = torch.Generator().manual_seed(seed)
+    obs, next_obs = torch.randn(2, n, 4, generator=generator) + shift
+    actions = torch.rand(n, 2, generator=generator) * 1.9 - 0.95
+    return ob.Batch(obs, actions, torch.rand(n, generator=generator), next_obs, (torch.arange(n) % 3 == 0).float())
+
+
+def record(optimizer) -> list:
+    """The gradients of the optimiser's steps, as they come."""
+    seen, step = [], optimizer.step
+    optimizer.step = lambda grads: [seen.append(grads), step(grads)]
+    return seen
+
+
+def assert_gradients(found: list, loss: torch.Tensor, network: torch.nn.Module) -> None:
+    torch.testing.assert_close(found[0], torch.autograd.grad(loss, list(network.parameters())), rtol=1e-3, atol=1e-5)
+
+
+def test_dwbc_steps_by_hand():
+    """The outputs of policy and discriminator are constants to each other."""
+    agent, _ = agent_and_args("dwbc")
+    batches, before = (transitions(8, 1), transitions(6, 2)), copy.deepcopy(agent)
+    actor, discriminator = record(agent.actor_optimizer), record(agent.discriminator_optimizer)
+    ob.dwbc_discriminator_update(agent, *batches)
+    agent.discriminator = before.discriminator
+    ob.dwbc_update(agent, *batches)
+    each = [before.actor.log_prob(batch.obs, batch.actions) for batch in batches]
+    d = [before.discriminator(before.pairs(b), lp.detach()) for b, lp in zip(batches, each, strict=True)]
+    loss = ((1 - d[0]) / d[0]).log().mean() - 2 * (1 - d[1]).log().mean()
+    assert_gradients(discriminator, loss, before.discriminator)
+    expert, other = each[0].sum(1), each[1].sum(1)
+    d = d[0].detach(), torch.where(d[1] < 0.5, 0, d[1]).detach()
+    loss = -7.5 * expert.mean() + ((0.5 / (d[0] * (1 - d[0])) + 1) * expert).mean()
+    assert_gradients(actor, loss - ((1 / (1 - d[1]) - 1) * other).mean(), before.actor)
+
+
+def test_weights():
+    on_expert, on_other = ob.dwbc_weights(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([0.5, 0.3, 0.8, 0.9]))
+    assert on_expert.tolist() == pytest.approx([4.5, 7.5 - 0.5 / 0.09 - 1, 7.5 - 0.5 / 0.09 - 1], abs=1e-4)
+    assert on_other.tolist() == pytest.approx([1, 0, 4, 9], abs=1e-4)
+    assert ob.demodice_weights(torch.tensor([0.0, 1.1, 500.0, -3.0])).mean().item() == pytest.approx(1)
+    weights = ob.demodice_weights(torch.tensor([0.0, 1.1]))
+    assert (weights[1] / weights[0]).item() == pytest.approx(math.e, rel=1e-4)
+
+
+def test_otil_step_by_hand():
+    agent, args = agent_and_args("otil", temperature=10.0)
+    agent.target_critic.net.biases[-1].data += 0.5 - torch.arange(2.0)[:, None, None]
+    agent.value.net.biases[-1].data -= 1
+    batch, before = transitions(64, 1), copy.deepcopy(agent)
+    value, critic, actor = map(record, (agent.value_optimizer, agent.critic_optimizer, agent.actor_optimizer))
+    ob.otil_update(agent, batch, args)
+    pairs, normalise = before.pairs(batch), before.actor.normalise
+    u = before.target_critic(pairs).min(0).values - before.value(normalise(batch.obs))[0]
+    assert_gradients(value, torch.where(u < 0, 0.3 * u**2, 0.7 * u**2).mean(), before.value)
+    next_values = before.value(normalise(batch.next_obs))[0].detach()
+    target = torch.where(batch.terminations > 0, batch.rewards, batch.rewards + 0.99 * next_values)
+    assert_gradients(critic, sum(0.5 * ((q - target) ** 2).mean() for q in before.critic(pairs)), before.critic)
+    weights = (10 * u.detach()).exp().clamp(max=100)
+    assert weights.max() == 100 and weights.min() < 1
+    assert_gradients(actor, -(weights * before.actor.log_prob(batch.obs, batch.actions).sum(1)).mean(), before.actor)
+
+
+def test_demodice_value_and_actor_by_hand():
+    agent, args = agent_and_args("demodice")
+    expert, union, first, mix = transitions(8, 1), transitions(8, 2), torch.randn(8, 4), torch.rand(4, 8, 1)
+    before, normalise = copy.deepcopy(agent), agent.actor.normalise
+    value, actor = record(agent.value_optimizer), record(agent.actor_optimizer)
+    ob.demodice_update(agent, expert, union, first, mix, args)
+    d = torch.sigmoid(agent.discriminator(agent.pairs(union))[0].detach())  # after its own step
+    obs, next_obs, first = normalise(union.obs), normalise(union.next_obs), normalise(first)
+    advantages = -torch.log(1 / (d + 1e-3) - 1 + 1e-3) + 0.99 * before.value(next_obs)[0] - before.value(obs)[0]
+    mixed = mix[2] * normalise(expert.obs) + (1 - mix[2]) * obs
+    next_mixed = mix[3] * normalise(expert.next_obs) + (1 - mix[3]) * next_obs
+    points = torch.cat([obs, mixed, next_mixed]).requires_grad_()
+    (slope,) = torch.autograd.grad(before.value(points).sum(), points, create_graph=True)
+    loss = 0.01 * before.value(first).mean() + 1.1 * torch.logsumexp(advantages / 1.1, 0)
+    assert_gradients(value, loss + 1e-4 * slope.square().sum(1).mean(), before.value)
+    weights = 8 * torch.softmax(advantages.detach() / 1.1, 0)
+    assert_gradients(actor, -(weights * before.actor.log_prob(union.obs, union.actions).sum(1)).mean(), before.actor)
+
+
+def test_sinkhorn_marginals_and_a_plan_by_hand():
+    rng = np.random.default_rng(0)
+    plan = ob.sinkhorn(rng.uniform(0, 0.2, (30, 40)), 40)
+    np.testing.assert_allclose(plan.sum(1), 1 / 40, rtol=1e-9)  # 30 steps of mass 1 / 40
+    plan = ob.sinkhorn(rng.uniform(0, 0.2, (40, 40)), 40)
+    assert np.abs(plan.sum(0) - 1 / 40).max() < 1e-3 and np.abs(plan.sum(1) - 1 / 40).max() < 1e-3
+    short = ob.sinkhorn(rng.uniform(0, 2, (2, 900)), 1_000)  # its factors drift by 450 each time
+    np.testing.assert_allclose(short.sum(1), 1 / 1_000, rtol=1e-9)
+    plan, k = ob.sinkhorn(np.array([[0, 0.02], [0.02, 0]]), 2), math.exp(-2)  # the symmetric plan in closed form
+    np.testing.assert_allclose(plan, np.array([[1, k], [k, 1]]) / (2 * (1 + k)), rtol=1e-6)
+
+
+def test_transport_rewards_are_highest_for_the_experts_own_trajectory():
+    angle = torch.linspace(0, 3, 20)
+    expert, away = (torch.stack([a.cos(), a.sin()], 1) for a in (angle, angle + 2))
+    rewards = ob.transport_rewards([expert, away], [away.flip(0) * 0.5 - 9, expert], 20)
+    assert rewards[0].sum() > rewards[1].sum() + 5 and (rewards[0] <= 5).all() and rewards[0].mean() > 4.5
+    episodes = [ob.Batch(obs, torch.zeros(20, 1), torch.zeros(20), obs, torch.zeros(20)) for obs in (expert, away)]
+    labelled = ob.label_by_transport(episodes, episodes[:1], ob.Normaliser(2), 20)
+    assert (labelled[0].rewards.sum() - labelled[1].rewards.sum()).item() == pytest.approx(1_000, rel=1e-4)
+
+
+@pytest.mark.parametrize("algo,steps", [("otil", 1_500), ("demodice", 600)])
+def test_it_learns(algo, steps, demos, tmp_path, monkeypatch):
+    """Most data are of random actions, which only a discriminator, or transport, tells from the expert's."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(pointmass, "expert", lambda obs: rng.uniform(-2, 2, 2))
+    pointmass.write_demos(tmp_path / "random.npz", episodes=20)
+    words = f"--algo {algo} --env-id {POINT} --demos {demos} --offline-data random.npz --hidden-sizes 32 32 --lr 3e-3"
+    words += f" --batch-size 64 --gamma 0.9 --total-timesteps {steps} --eval-every {steps} --eval-episodes 5"
+    first, last = (float(row["eval_return_mean"]) for row in run("offline_baselines", words, tmp_path))
+    assert first < 10 and last > 29
