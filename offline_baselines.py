@@ -371,7 +371,7 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 def dwbc_weights(on_expert: Tensor, on_other: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of the losses of expert [n] and other [m] actions, of the discriminator's outputs there (eq. 17).
+    """Weights of the losses of expert [n] and other [m] actions, of the discriminator's outputs there.
 
     alpha = 7.5 and eta = 0.5 are the authors'; others that the discriminator takes for bad have no weight.
     """
