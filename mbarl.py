@@ -667,7 +667,7 @@ def train(args: Args) -> list[dict]:
     torch.manual_seed(args.seed)
     env = make_env(args.env_id)
     check_world(env)
-    env.reset(seed=args.seed)  # once
+    env.reset(seed=args.seed)  # the world is stepped without make_env's wrappers: its actions are in [-1, 1]
     world, horizon = env.unwrapped, env.spec.max_episode_steps
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     state_dim, learned = obs_dim - world.goals.shape[1], args.reward == "learned"
@@ -713,7 +713,7 @@ def train(args: Args) -> list[dict]:
         if step == args.total_timesteps:
             break
 
-        # Act: one long trajectory. A phase ends with the forward policy's success or after switch_steps
+        # Act: one long trajectory. A phase ends with success (not MEDAL's backward policy's) or after switch_steps
         player = players[phase]
         action = player.agent.actor.act(obs)
         next_obs, reward, _, _, info = world.step(action)

@@ -388,7 +388,7 @@ def fit_models(models: TwinModels, update, data: Batch, args: Args) -> Tensor:
 
 @torch.no_grad()
 def imitation_weight(agent: Agent, models: TwinModels, expert: Batch, args: Args) -> dict[str, Tensor]:
-    """Sets eps = 1 / (1 + beta max |f1(s, a) - f2(s, a)|), over ALL expert states s, with the policy's actions a."""
+    """Sets eps = 1 / (1 + beta delta), delta the max or median of |f1(s, a) - f2(s, a)| over all expert states s."""
     actions, _ = agent.actor.sample(expert.obs, torch.randn_like(expert.actions))
     delta = models.distance(*models(expert.obs, actions)).sqrt()
     delta = dict(max=delta.amax(), median=delta.median())
