@@ -20,21 +20,14 @@ import tyro
 
 @dataclass
 class Args:
-    policy: Annotated[Path, tyro.conf.Positional]
-    """folder of a run, or a policy.pt"""
+    policy: Annotated[Path, tyro.conf.Positional]  # folder of a run, or a policy.pt
     episodes: int = 10
-    seed: int = 2**31
-    """of the first episode; training draws its seeds below 2**31"""
-    video: bool = False
-    """film the episodes"""
-    record: Path | None = None
-    """write the episodes to this .npz file"""
-    full_length: bool = False
-    """record only episodes that reach the time limit"""
-    min_return: float = -np.inf
-    """record only episodes of at least this return"""
-    sample: bool = False
-    """sampled instead of deterministic actions (offline data rather than demonstrations)"""
+    seed: int = 2**31  # of the first episode; training draws its seeds below 2**31
+    video: bool = False  # film the episodes
+    record: Path | None = None  # write the episodes to this .npz file
+    full_length: bool = False  # record only episodes that reach the time limit
+    min_return: float = -np.inf  # record only episodes of at least this return
+    sample: bool = False  # sampled instead of deterministic actions (offline data rather than demonstrations)
 
 
 def simulator_state(env: gym.Env) -> np.ndarray:
@@ -70,7 +63,7 @@ def main(args: Args) -> None:
         steps, episode_states, done, success, episode = [], [], False, np.nan, episode + 1
         while not done:
             action = actor.act(obs, deterministic=not args.sample)
-            row = dict(observations=obs, actions=low + (action + 1) / 2 * (high - low))
+            row = dict(observations=obs, actions=(low + high) / 2 + action * (high - low) / 2)
             if has_joints:
                 row |= dict(qpos=data.qpos.copy(), qvel=data.qvel.copy())
             if has_state and len(steps) % 4 == 0:

@@ -15,11 +15,10 @@ Ant-v4 at 90% after 35,000 (8 minutes). Where this differs from the authors' cod
 
 import copy
 import csv
-import ctypes
 import json
 import math
 import os
-import platform
+import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
@@ -43,28 +42,23 @@ SCRIPT = "hype"
 @dataclass
 class Args:
     # Experiment
-    env_id: str = "Ant-v4"
-    """gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too"""
+    env_id: str = "Ant-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     algo: Literal["hype", "mm", "filter", "hype-filter", "bc-reg", "gail", "bc"] = "hype"  # see ALGOS below
     seed: int = 1
     total_timesteps: int = 75_000  # of --algo bc, gradient steps
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False
-    """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
-    bf16: bool = False
-    """hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)"""
+    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
-    run_dir: str | None = None
-    """folder of the run; one that holds a run is continued (a larger --total-timesteps lengthens it)"""
-    checkpoint_every: int = 5_000
-    """steps; a checkpoint is written at the end of an episode"""
+    run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
+    checkpoint_every: int = 5_000  # steps; a checkpoint is written at the end of an episode
     eval_every: int = 5_000
     eval_episodes: int = 5
 
     # Demonstrations
-    demos: str | None = None
-    """.npz file of expert trajectories; default demos/<env_id>.npz"""
+    demos: str | None = None  # .npz file of expert trajectories; default demos/<env_id>.npz
     num_demos: int = 10
+    demo_subsample: int = 1  # use every k-th transition of them
     reset_prob: float = 0.0  # probability, below 1, that a training episode starts at a demonstrated state
 
     # Cost (discriminator)
@@ -77,8 +71,7 @@ class Args:
 
     # SAC
     hidden_sizes: tuple[int, ...] = (128, 128)
-    learning_starts: int = 1_000
-    """steps of uniformly random actions before learning starts"""
+    learning_starts: int = 1_000  # steps of uniformly random actions before learning starts
     updates_per_step: int = 1
     batch_size: int = 256
     expert_ratio: float = 0.5  # share of expert transitions in a batch
@@ -89,8 +82,7 @@ class Args:
     critic_lr: float = 3e-4
     alpha_lr: float = 3e-4
     alpha: float = 0.2
-    ema_steps: int = 2_000
-    """the evaluated actor is an average of the training actor over about so many steps"""
+    ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
 
 
 # Settings that differ from the defaults above, by method and by robot; a flag on the command line beats them.
@@ -117,13 +109,15 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     spaces = env.observation_space, env.action_space
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(
-            f"{SCRIPT}.py: {env_id}: needs vectors of observations and of continuous actions, not {spaces}"
-        )
-    dim = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0])
+        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
+    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+        raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
+    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -135,49 +129,47 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def load_demos(path: str, env: gym.Env, num_demos: int, device: str) -> tuple[Batch, float]:
-    """The file's first `num_demos` trajectories, actions in [-1, 1], and their mean return. Schema: demos/README.md"""
-    if not Path(path).exists():
-        raise SystemExit(f"{SCRIPT}.py: no demonstrations at {path}; give --demos PATH")
-    data = dict(np.load(path))
-    found, expected = data["observations"].shape[1], env.observation_space.shape[0]
-    if found != expected:
-        raise SystemExit(
-            f"{SCRIPT}.py: {path} has {found} observations, {env.spec.id} {expected}: another version of it?"
-        )
+def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A file's arrays, actions in [-1, 1], and the ends of its whole trajectories. Schema: demos/README.md"""
+    box, dim, limit = env.unwrapped.action_space, env.observation_space.shape[0], env.spec.max_episode_steps
+    shapes = dict(observations=(dim,), next_observations=(dim,), rewards=(), terminations=(), truncations=())
+    shapes |= dict(actions=box.shape) if actions else {}
+    try:
+        with np.load(path) as file:
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"])
+            data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
+    except Exception as error:
+        raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
+    if actions:
+        data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    largest = np.abs(data["actions"]).max() if actions else 1
     ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
+    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
+    at_limit = data["terminations"][ends - 1].all() and (np.diff(ends, prepend=0) == limit).all()
+    robot, here = (str(name).split(":")[-1].split("-v")[0] for name in (about.get("env_id", env.spec.id), env.spec.id))
+    faults = {
+        f"was recorded in {robot}, not in {here}": robot != here,
+        "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
+        "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
+        "has next_observations of the next trajectory": len(ends) and joined[ends - 1].all(),
+        "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
+        "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
+    }
+    for fault, found in faults.items():
+        if found and not about.get("checked"):
+            raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
+    return data, ends
+
+
+def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: str) -> tuple[Batch, float]:
+    """Every `subsample`-th transition of the file's first `num_demos` trajectories, and their mean return."""
+    data, ends = read_demos(path, env)
     if len(ends) < num_demos:
         raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} trajectories; give --num-demos {len(ends)}")
-    n = ends[num_demos - 1]
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    actions = np.clip(2 * (data["actions"][:n] - low) / (high - low) - 1, -1 + 1e-6, 1 - 1e-6)
-    columns = data["observations"][:n], actions, np.zeros(n), data["next_observations"][:n], data["terminations"][:n]
-    demos = Batch(*(torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns))
-    return demos, float(data["rewards"][:n].sum() / num_demos)
-
-
-def load_states(path: str, num_demos: int) -> np.ndarray:
-    """MuJoCo's states [n, k], the time first, at every fourth step of the file's first `num_demos` trajectories."""
-    data = np.load(path)
-    if "states" not in data:
-        raise SystemExit(f"{SCRIPT}.py: {path} has no simulator states to reset to; record some with evaluate.py")
-    return data["states"][np.cumsum(data["states"][:, 0] == 0) <= num_demos]
-
-
-def reset(env: gym.Env, states: np.ndarray | None, reset_prob: float) -> tuple[np.ndarray, bool]:
-    """First observation of an episode, and whether it starts at one of the demonstrated `states` (FILTER)."""
-    obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
-    from_expert = torch.rand(()).item() < reset_prob
-    if from_expert:
-        import mujoco
-
-        model, data = env.unwrapped.model, env.unwrapped.data
-        state = states[torch.randint(len(states), ())]
-        mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
-        mujoco.mj_forward(model, data)  # everything that follows from the state
-        env.set_wrapper_attr("_elapsed_steps", round(data.time / env.unwrapped.dt), force=False)  # of the time limit
-        obs = np.float32(env.unwrapped._get_obs()[: len(obs)])
-    return obs, from_expert
+    n, actions = ends[num_demos - 1], data["actions"].clip(-1 + 1e-6, 1 - 1e-6)
+    columns = data["observations"], actions, np.zeros(n), data["next_observations"], data["terminations"]
+    columns = (torch.as_tensor(column[:n:subsample], dtype=torch.float32, device=device) for column in columns)
+    return Batch(*columns), float(data["rewards"][:n].sum() / num_demos)
 
 
 def concat(*batches: Batch, dim: int = 0) -> Batch:
@@ -297,8 +289,8 @@ class Critic(nn.Module):
 class Adam:
     """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
+    def __init__(self, params, lr: float):
+        self.params, self.lr = list(params), lr
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
         self.t = torch.zeros((), device=self.params[0].device)
@@ -306,13 +298,10 @@ class Adam:
 
     @torch.no_grad()
     def step(self, grads) -> None:
-        if self.weight_decay:
-            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.t += 1
         torch._foreach_lerp_(self.mean, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        # Written to a buffer: otherwise the compiler computes it again for every few weights.
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -438,14 +427,13 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
         done, success = False, math.nan
         while not done:
             obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
-            success = np.fmax(success, info.get("success", info.get("is_success", math.nan)))
+            success = np.fmax(success, np.float64(info.get("success", info.get("is_success"))))
             done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
-    if not np.isnan(successes).all():
-        successes = np.nan_to_num(successes)  # an episode that reports none had none
+    rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
     result = dict(eval_return_mean=returns.mean(), eval_return_std=returns.std())
-    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=successes.mean())
+    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=rate)
 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
@@ -461,6 +449,8 @@ def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
+    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
+        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -470,8 +460,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    if args.track:
+        import wandb
+
+        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
         if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
@@ -480,10 +474,6 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -497,15 +487,17 @@ def train(args: Args) -> list[dict]:
     """HyPE and its family. Returns the rows of progress.csv."""
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # numbers next to 0 would be slow
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory, instead of giving it back at every step
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for environments that draw from it
+    np.random.seed(args.seed % 2**32)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
-    expert, expert_return = load_demos(demos, env, args.num_demos, args.device)
-    states = load_states(demos, args.num_demos) if args.reset_prob else None
+    expert, expert_return = load_demos(demos, env, args.num_demos, args.demo_subsample, args.device)
+    if args.reset_prob:
+        from envs.wrappers import DemoStarts
+
+        env = DemoStarts(env, demos, args.num_demos, args.reset_prob)
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     cost = state.get("cost") or Cost(obs_dim, act_dim, args)
@@ -516,7 +508,9 @@ def train(args: Args) -> list[dict]:
     updates = sac_update, cost_update
     update, update_cost = map(compiled, updates) if args.compile else updates
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, from_expert = reset(env, states, args.reset_prob)
+    obs, info = env.reset(seed=hash((args.seed, start_step)) % 2**31)
+    if not np.array_equal(obs, state.get("obs", obs)):
+        print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
     if args.algo == "bc":
         agent.actor.normalise.fit(expert.obs)
         agent.ema_actor.normalise.fit(expert.obs)
@@ -550,7 +544,7 @@ def train(args: Args) -> list[dict]:
         action = agent.actor.act(obs) if step >= args.learning_starts else torch.rand(act_dim).mul(2).sub(1).numpy()
         next_obs, _, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, 0.0, next_obs, terminated)  # a time limit is no termination
-        if not from_expert:  # the cost learns from nothing that started at an expert state
+        if not info.get("demo_start"):  # the cost learns from nothing that started at an expert state
             own_buffer.add(obs, action, 0.0, next_obs, terminated)
         obs, learner, own = next_obs, buffer.all(), own_buffer.all()
         learning_step = step + 1 - args.learning_starts
@@ -583,11 +577,11 @@ def train(args: Args) -> list[dict]:
                     raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
 
         if terminated or truncated:
+            obs, info = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
                 state = dict(agent=agent, cost=cost, buffer=buffer, own_buffer=own_buffer, rows=rows, metrics=metrics)
-                save_checkpoint(run_dir, state | dict(step=step + 1, wall_time=time.time() - start_time))
-            obs, from_expert = reset(env, states, args.reset_prob)
+                save_checkpoint(run_dir, state | dict(obs=obs, step=step + 1, wall_time=time.time() - start_time))
 
     writer.close()
     return rows

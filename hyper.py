@@ -14,11 +14,10 @@ Ant-v4 at 90% after 20,000 (26 minutes). Where this differs from the authors' co
 
 import copy
 import csv
-import ctypes
 import json
 import math
 import os
-import platform
+import random
 import re
 import subprocess
 import time
@@ -44,54 +43,41 @@ SCRIPT = "hyper"
 @dataclass
 class Args:
     # Experiment
-    env_id: str = "Ant-v4"
-    """gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too"""
+    env_id: str = "Ant-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     seed: int = 1
     total_timesteps: int = 30_000
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False
-    """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
-    bf16: bool = False
-    """hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)"""
+    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
-    run_dir: str | None = None
-    """folder of the run; one that holds a run is continued (a larger --total-timesteps lengthens it)"""
-    checkpoint_every: int = 5_000
-    """steps; a checkpoint is written at the end of an episode"""
+    run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
+    checkpoint_every: int = 5_000  # steps; a checkpoint is written at the end of an episode
     eval_every: int = 1_000
     eval_episodes: int = 5
 
     # Demonstrations
-    demos: str | None = None
-    """.npz file of expert trajectories; default demos/<env_id>.npz"""
+    demos: str | None = None  # .npz file of expert trajectories; default demos/<env_id>.npz
     num_demos: int = 10
+    demo_subsample: int = 1  # use every k-th transition of them
 
     # Dynamics ensemble
-    model_data: Literal["hybrid", "learner"] = "hybrid"
-    """"hybrid": half expert, half learner transitions; "learner": the learner's alone"""
+    model_data: Literal["hybrid", "learner"] = "hybrid"  # half expert, half learner transitions, or the learner's alone
     model_members: int = 7
     model_elites: int = 5
     model_hidden_sizes: tuple[int, ...] = (200, 200, 200, 200)
     model_lr: float = 1e-3
     model_batch_size: int = 256
-    model_every: int = 250
-    """steps between model fits, each followed by imagined rollouts"""
+    model_every: int = 250  # steps between model fits, each followed by imagined rollouts
     model_first_batches: int = 1_500
-    model_batches: int = 120
-    """minibatches of the first and of later fits, at most"""
-    model_patience: int = 10
-    """stop a fit after so many epochs without improvement on held-out data"""
+    model_batches: int = 120  # minibatches of the first and of later fits, at most
+    model_patience: int = 10  # stop a fit after so many epochs without improvement on held-out data
 
     # Imagined rollouts
-    expert_start_prob: float = 0.5
-    """probability that a rollout starts at an expert state instead of a learner state"""
+    expert_start_prob: float = 0.5  # probability that a rollout starts at an expert state instead of a learner state
     rollouts_per_step: int = 40
-    rollout_length: tuple[int, int] = (1, 5)
-    """grows linearly from the first to the second number over 15,000 steps"""
-    rollout_retain: int = 8
-    """model fits whose rollouts are kept"""
-    rollout_noise: bool = True
-    """sample next states from the ensemble members' Gaussians instead of taking their means"""
+    rollout_length: tuple[int, int] = (1, 5)  # grows linearly from the first to the second number over 15,000 steps
+    rollout_retain: int = 8  # model fits whose rollouts are kept
+    rollout_noise: bool = True  # sample next states from the ensemble members' Gaussians instead of taking their means
 
     # Cost (discriminator)
     cost_hidden_sizes: tuple[int, ...] = (256, 256)
@@ -107,22 +93,18 @@ class Args:
     batch_size: int = 256
     real_ratio: float = 0.25  # share of the learner's real transitions in a batch
     expert_ratio: float = 0.25  # share of the expert's; the rest is imagined
-    bc_coef: float = 0.0
-    """weight of behaviour cloning of the batch's expert transitions in the actor's loss"""
+    bc_coef: float = 0.0  # weight of behaviour cloning of the batch's expert transitions in the actor's loss
     gamma: float = 0.99
     tau: float = 0.005
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
     alpha_lr: float = 3e-4
     alpha: float = 0.2
-    ema_steps: int = 2_000
-    """the evaluated actor is an average of the training actor over about so many steps"""
-    reset_every: int = 0
-    """cut training episodes at multiples of this many steps, for robots that lie on their back without terminating"""
+    ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
+    reset_every: int = 0  # cut training episodes at its multiples, for robots that lie on their back
 
 
-# Settings that differ from the defaults above; a flag on the command line beats them.
-# Robots on which behaviour cloning helps:
+# Settings that differ from the defaults; a flag on the command line beats them. CLONES: where behaviour cloning helps.
 CLONES = dict(total_timesteps=10_000, ema_steps=5_000, bc_coef=1_000.0, rollout_length=(1, 1), rollout_noise=False)
 TUNED = {
     "Hopper": dict(total_timesteps=12_000, normalise_obs=False),
@@ -143,30 +125,26 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     spaces = env.observation_space, env.action_space
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(
-            f"{SCRIPT}.py: {env_id}: needs vectors of observations and of continuous actions, not {spaces}"
-        )
-    dim = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0])
+        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
+    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+        raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
+    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-# When imagined rollouts end: next_obs [batch, obs_dim] -> bool [batch]. Add your environment here, or give it a method
-# `terminates(next_obs)`.
-TERMINATION = (
-    dict.fromkeys(
-        ("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum", "dm_control"),  # never
-        lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool),
-    )
-    | {
-        "Hopper": lambda s: ~((s[:, 1:].abs() < 100).all(-1) & (s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2)),
-        "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2.0) & (s[:, 1].abs() < 1.0)),
-        "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1.0)),
-        "Humanoid": lambda s: ~((s[:, 0] >= 1.0) & (s[:, 0] <= 2.0)),
-    }
-)
+# When imagined rollouts end, bool [batch] of next_obs [batch, obs_dim]; or give your environment a method `terminates`.
+NEVER = "HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum", "dm_control"
+TERMINATION = dict.fromkeys(NEVER, lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)) | {
+    "Hopper": lambda s: ~((s[:, 1:].abs() < 100).all(-1) & (s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2)),
+    "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2.0) & (s[:, 1].abs() < 1.0)),
+    "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1.0)),
+    "Humanoid": lambda s: ~((s[:, 0] >= 1.0) & (s[:, 0] <= 2.0)),
+}
 
 
 class Batch(NamedTuple):
@@ -177,25 +155,47 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def load_demos(path: str, env: gym.Env, num_demos: int, device: str) -> tuple[Batch, float]:
-    """The file's first `num_demos` trajectories, actions in [-1, 1], and their mean return. Schema: demos/README.md"""
-    if not Path(path).exists():
-        raise SystemExit(f"{SCRIPT}.py: no demonstrations at {path}; give --demos PATH")
-    data = dict(np.load(path))
-    found, expected = data["observations"].shape[1], env.observation_space.shape[0]
-    if found != expected:
-        raise SystemExit(
-            f"{SCRIPT}.py: {path} has {found} observations, {env.spec.id} {expected}: another version of it?"
-        )
+def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A file's arrays, actions in [-1, 1], and the ends of its whole trajectories. Schema: demos/README.md"""
+    box, dim, limit = env.unwrapped.action_space, env.observation_space.shape[0], env.spec.max_episode_steps
+    shapes = dict(observations=(dim,), next_observations=(dim,), rewards=(), terminations=(), truncations=())
+    shapes |= dict(actions=box.shape) if actions else {}
+    try:
+        with np.load(path) as file:
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"])
+            data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
+    except Exception as error:
+        raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
+    if actions:
+        data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    largest = np.abs(data["actions"]).max() if actions else 1
     ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
+    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
+    at_limit = data["terminations"][ends - 1].all() and (np.diff(ends, prepend=0) == limit).all()
+    robot, here = (str(name).split(":")[-1].split("-v")[0] for name in (about.get("env_id", env.spec.id), env.spec.id))
+    faults = {
+        f"was recorded in {robot}, not in {here}": robot != here,
+        "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
+        "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
+        "has next_observations of the next trajectory": len(ends) and joined[ends - 1].all(),
+        "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
+        "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
+    }
+    for fault, found in faults.items():
+        if found and not about.get("checked"):
+            raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
+    return data, ends
+
+
+def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: str) -> tuple[Batch, float]:
+    """Every `subsample`-th transition of the file's first `num_demos` trajectories, and their mean return."""
+    data, ends = read_demos(path, env)
     if len(ends) < num_demos:
         raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} trajectories; give --num-demos {len(ends)}")
-    n = ends[num_demos - 1]
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    actions = np.clip(2 * (data["actions"][:n] - low) / (high - low) - 1, -1 + 1e-6, 1 - 1e-6)
-    columns = data["observations"][:n], actions, np.zeros(n), data["next_observations"][:n], data["terminations"][:n]
-    demos = Batch(*(torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns))
-    return demos, float(data["rewards"][:n].sum() / num_demos)
+    n, actions = ends[num_demos - 1], data["actions"].clip(-1 + 1e-6, 1 - 1e-6)
+    columns = data["observations"], actions, np.zeros(n), data["next_observations"], data["terminations"]
+    columns = (torch.as_tensor(column[:n:subsample], dtype=torch.float32, device=device) for column in columns)
+    return Batch(*columns), float(data["rewards"][:n].sum() / num_demos)
 
 
 def concat(*batches: Batch, dim: int = 0) -> Batch:
@@ -329,8 +329,7 @@ class Adam:
         self.t += 1
         torch._foreach_lerp_(self.mean, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        # Written to a buffer: otherwise the compiler computes it again for every few weights.
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -490,19 +489,17 @@ def compiled(function):
 
 
 # ----------------------------------------------------------------------------------------------------- model
-def fit_dynamics(
-    dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, max_batches: int, args: Args
-) -> float:
+def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, limit: int, args: Args) -> float:
     """Fits each member to its own bootstrap of the data, drawn in proportion to weights [n].
 
-    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. Returns its error.
+    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. The fit also ends
+    after `limit` minibatches. Returns the held-out error.
     """
     inputs, targets = torch.cat([data.obs, data.actions], -1), data.next_obs - data.obs
     dynamics.normalise.fit(inputs)
     order = torch.randperm(len(inputs), device=inputs.device)
     held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
     draws = torch.multinomial(weights[train].expand(args.model_members, -1), len(train), replacement=True)
-    bootstrap = train[draws]  # [members, n]
 
     @torch.no_grad()
     def validate() -> Tensor:  # [members]
@@ -510,13 +507,13 @@ def fit_dynamics(
         errors = (mean - targets[held_out]).square().mean(-1)
         return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
 
-    best_error, best_net = validate(), None
+    best_error, best_net = validate(), copy.deepcopy(dynamics.net.state_dict())
     batches = epochs_since_best = 0
-    while batches < max_batches and epochs_since_best < args.model_patience:
+    while batches < limit and epochs_since_best < args.model_patience:
         for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):
-            if len(columns) < args.model_batch_size or batches == max_batches:
+            if len(columns) < args.model_batch_size or batches == limit:
                 break
-            rows = bootstrap[:, columns]
+            rows = train[draws[:, columns]]  # [members, batch]
             update(dynamics, inputs[rows], targets[rows], args)
             batches += 1
         error = validate()
@@ -524,8 +521,7 @@ def fit_dynamics(
         if (error < 0.99 * best_error).any():
             best_error, epochs_since_best = torch.minimum(error, best_error), 0
             best_net = copy.deepcopy(dynamics.net.state_dict())
-    if best_net is not None:
-        dynamics.net.load_state_dict(best_net)
+    dynamics.net.load_state_dict(best_net)
     dynamics.elites.copy_(best_error.argsort()[: args.model_elites])
     return best_error.mean().item()
 
@@ -567,14 +563,13 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
         done, success = False, math.nan
         while not done:
             obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
-            success = np.fmax(success, info.get("success", info.get("is_success", math.nan)))
+            success = np.fmax(success, np.float64(info.get("success", info.get("is_success"))))
             done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
-    if not np.isnan(successes).all():
-        successes = np.nan_to_num(successes)  # an episode that reports none had none
+    rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
     result = dict(eval_return_mean=returns.mean(), eval_return_std=returns.std())
-    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=successes.mean())
+    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=rate)
 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
@@ -590,6 +585,8 @@ def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
+    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
+        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -599,8 +596,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    if args.track:
+        import wandb
+
+        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
         if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
@@ -609,10 +610,6 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -626,17 +623,19 @@ def train(args: Args) -> list[dict]:
     """HyPER. Returns the rows of progress.csv."""
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # weight decay drives unused weights towards 0, where arithmetic is slow
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory, instead of giving it back at every step
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for environments that draw from it
+    np.random.seed(args.seed % 2**32)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
-    expert, expert_return = load_demos(demos, env, args.num_demos, args.device)
+    expert, expert_return = load_demos(demos, env, args.num_demos, args.demo_subsample, args.device)
     terminates = getattr(env.unwrapped, "terminates", TERMINATION.get(re.split("-v|/", args.env_id)[0]))
     if terminates is None:
         raise SystemExit(f"{SCRIPT}.py: when do imagined rollouts of {args.env_id} end? Add its rule to TERMINATION")
+    ends = terminates(expert.next_obs)
+    if ends.dtype != torch.bool or not torch.equal(ends, expert.terminations.bool()):
+        raise SystemExit(f"{SCRIPT}.py: the rule in TERMINATION must be bool [n] and agree with the demonstrations")
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     dynamics = state.get("dynamics") or EnsembleDynamics(obs_dim, act_dim, args)
@@ -649,7 +648,9 @@ def train(args: Args) -> list[dict]:
     updates = sac_update, dynamics_update, cost_update
     update, update_dynamics, update_cost = map(compiled, updates) if args.compile else updates
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
+    obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
+    if not np.array_equal(obs, state.get("obs", obs)):
+        print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
     bar = tqdm(range(start_step, args.total_timesteps + 1), initial=start_step, total=args.total_timesteps)
     for step in bar:
@@ -688,8 +689,7 @@ def train(args: Args) -> list[dict]:
             n = args.rollouts_per_step * args.model_every
             from_expert = torch.rand(n, 1, device=args.device) < args.expert_start_prob
             starts = torch.where(from_expert, sample(expert, n).obs, sample(learner, n).obs)
-            shortest, longest = args.rollout_length
-            length = int(shortest + (longest - shortest) * min(step / 15_000, 1))
+            length = int(np.interp(step, (0, 15_000), args.rollout_length))
             rollouts.append(imagine(dynamics, agent.actor, starts, length, terminates, args))
             imagined = concat(*rollouts)
             recent = Batch(*(field[-1_000:] for field in learner))
@@ -723,12 +723,12 @@ def train(args: Args) -> list[dict]:
 
         cut = args.reset_every and learning_step >= 0 and learning_step % args.reset_every == 0
         if terminated or truncated or cut:
+            obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
                 state = dict(agent=agent, dynamics=dynamics, cost=cost, buffer=buffer, rollouts=rollouts, rows=rows)
-                state |= dict(metrics=metrics, step=step + 1, wall_time=time.time() - start_time)
+                state |= dict(metrics=metrics, obs=obs, step=step + 1, wall_time=time.time() - start_time)
                 save_checkpoint(run_dir, state)
-            obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
 
     writer.close()
     return rows

@@ -15,11 +15,10 @@ Expected: Tabletop-v0 at all four goals after 35,000 to 60,000 steps (10 to 17 m
 
 import copy
 import csv
-import ctypes
 import json
 import math
 import os
-import platform
+import random
 import subprocess
 import time
 from collections import deque
@@ -49,19 +48,15 @@ gym.register_envs(envs)  # importing them did it
 @dataclass
 class Args:
     # Experiment
-    env_id: str = "Tabletop-v0"
-    """a world that is never reset; "my_module:MyWorld-v0" works too, see docs/mbarl.md"""
+    env_id: str = "Tabletop-v0"  # a world that is never reset; "my_module:MyWorld-v0" works too, see docs/mbarl.md
     algo: Literal["mbarl", "medal", "fbrl", "naive", "oracle"] = "mbarl"
     seed: int = 1
     total_timesteps: int = 90_000
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False
-    """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
-    bf16: bool = False
-    """hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)"""
+    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
-    run_dir: str | None = None
-    """folder of the run; one that holds a run is continued (a larger --total-timesteps lengthens it)"""
+    run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 10_000
     eval_every: int = 5_000
     eval_episodes: int = 20
@@ -141,13 +136,15 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     spaces = env.observation_space, env.action_space
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(
-            f"{SCRIPT}.py: {env_id}: needs vectors of observations and of continuous actions, not {spaces}"
-        )
-    dim = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0])
+        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
+    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+        raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
+    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -323,8 +320,7 @@ class Adam:
         self.t += 1
         torch._foreach_lerp_(self.mean, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        # Written to a buffer: otherwise the compiler computes it again for every few weights.
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -515,19 +511,17 @@ def compiled(function):
 
 
 # ----------------------------------------------------------------------------------------------------- model
-def fit_dynamics(
-    dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, max_batches: int, args: Args
-) -> float:
+def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, limit: int, args: Args) -> float:
     """Fits each member to its own bootstrap of the data, drawn in proportion to weights [n].
 
-    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. Returns its error.
+    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. The fit also ends
+    after `limit` minibatches. Returns the held-out error.
     """
     inputs, targets = torch.cat([data.obs, data.actions], -1), data.next_obs - data.obs
     dynamics.normalise.fit(inputs)
     order = torch.randperm(len(inputs), device=inputs.device)
     held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
     draws = torch.multinomial(weights[train].expand(args.model_members, -1), len(train), replacement=True)
-    bootstrap = train[draws]  # [members, n]
 
     @torch.no_grad()
     def validate() -> Tensor:  # [members]
@@ -535,13 +529,13 @@ def fit_dynamics(
         errors = (mean - targets[held_out]).square().mean(-1)
         return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
 
-    best_error, best_net = validate(), None
+    best_error, best_net = validate(), copy.deepcopy(dynamics.net.state_dict())
     batches = epochs_since_best = 0
-    while batches < max_batches and epochs_since_best < args.model_patience:
+    while batches < limit and epochs_since_best < args.model_patience:
         for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):
-            if len(columns) < args.model_batch_size or batches == max_batches:
+            if len(columns) < args.model_batch_size or batches == limit:
                 break
-            rows = bootstrap[:, columns]
+            rows = train[draws[:, columns]]  # [members, batch]
             update(dynamics, inputs[rows], targets[rows], args)
             batches += 1
         error = validate()
@@ -549,8 +543,7 @@ def fit_dynamics(
         if (error < 0.99 * best_error).any():
             best_error, epochs_since_best = torch.minimum(error, best_error), 0
             best_net = copy.deepcopy(dynamics.net.state_dict())
-    if best_net is not None:
-        dynamics.net.load_state_dict(best_net)
+    dynamics.net.load_state_dict(best_net)
     dynamics.elites.copy_(best_error.argsort()[: args.model_elites])
     return best_error.mean().item()
 
@@ -625,6 +618,8 @@ def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
+    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
+        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -634,8 +629,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    if args.track:
+        import wandb
+
+        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
         if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
@@ -644,10 +643,6 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -661,10 +656,9 @@ def train(args: Args) -> list[dict]:
     """MBARL and the arms to compare it with. Returns the rows of progress.csv."""
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # weight decay drives unused weights towards 0, where arithmetic is slow
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory, instead of giving it back at every step
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for environments that draw from it
+    np.random.seed(args.seed % 2**32)
     env = make_env(args.env_id)
     check_world(env)
     env.reset(seed=args.seed)  # the world is stepped without make_env's wrappers: its actions are in [-1, 1]

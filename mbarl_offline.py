@@ -45,12 +45,10 @@ class Args:
     """PointMass2D-v0, PointMass2DCoarse-v0, or a world of docs/mbarl.md that has uniform_states(n, rng)"""
     seed: int = 1
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False
-    """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
+    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
     bf16: bool = False
     track: bool = False  # to Weights & Biases
-    run_dir: str | None = None
-    """folder of the run; one that holds a run is continued"""
+    run_dir: str | None = None  # folder of the run; one that holds a run is continued
     eval_episodes: int = 20
 
     # Study
@@ -222,8 +220,7 @@ class Adam:
         self.t += 1
         torch._foreach_lerp_(self.mean, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        # Written to a buffer: otherwise the compiler computes it again for every few weights.
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -338,19 +335,17 @@ def compiled(function):
 
 
 # ----------------------------------------------------------------------------------------------------- model
-def fit_dynamics(
-    dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, max_batches: int, args: Args
-) -> float:
+def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, limit: int, args: Args) -> float:
     """Fits each member to its own bootstrap of the data, drawn in proportion to weights [n].
 
-    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. Returns its error.
+    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. The fit also ends
+    after `limit` minibatches. Returns the held-out error.
     """
     inputs, targets = torch.cat([data.obs, data.actions], -1), data.next_obs - data.obs
     dynamics.normalise.fit(inputs)
     order = torch.randperm(len(inputs), device=inputs.device)
     held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
     draws = torch.multinomial(weights[train].expand(args.model_members, -1), len(train), replacement=True)
-    bootstrap = train[draws]  # [members, n]
 
     @torch.no_grad()
     def validate() -> Tensor:  # [members]
@@ -358,13 +353,13 @@ def fit_dynamics(
         errors = (mean - targets[held_out]).square().mean(-1)
         return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
 
-    best_error, best_net = validate(), None
+    best_error, best_net = validate(), copy.deepcopy(dynamics.net.state_dict())
     batches = epochs_since_best = 0
-    while batches < max_batches and epochs_since_best < args.model_patience:
+    while batches < limit and epochs_since_best < args.model_patience:
         for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):
-            if len(columns) < args.model_batch_size or batches == max_batches:
+            if len(columns) < args.model_batch_size or batches == limit:
                 break
-            rows = bootstrap[:, columns]
+            rows = train[draws[:, columns]]  # [members, batch]
             update(dynamics, inputs[rows], targets[rows], args)
             batches += 1
         error = validate()
@@ -372,8 +367,7 @@ def fit_dynamics(
         if (error < 0.99 * best_error).any():
             best_error, epochs_since_best = torch.minimum(error, best_error), 0
             best_net = copy.deepcopy(dynamics.net.state_dict())
-    if best_net is not None:
-        dynamics.net.load_state_dict(best_net)
+    dynamics.net.load_state_dict(best_net)
     dynamics.elites.copy_(best_error.argsort()[: args.model_elites])
     return best_error.mean().item()
 
@@ -444,8 +438,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    if args.track:
+        import wandb
+
+        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
         if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
@@ -454,10 +452,6 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)

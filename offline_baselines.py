@@ -16,11 +16,10 @@ calculation, the methods were not run to the end. Differences from the authors' 
 
 import copy
 import csv
-import ctypes
 import json
 import math
 import os
-import platform
+import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
@@ -53,26 +52,21 @@ class Args:
     seed: int = 1
     total_timesteps: int = 12_000  # gradient steps of the policy
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False
-    """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
-    bf16: bool = False
-    """hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)"""
+    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
-    run_dir: str | None = None
-    """folder of the run; one that holds a run is continued (a larger --total-timesteps lengthens it)"""
+    run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 2_000
     eval_every: int = 1_000
     eval_episodes: int = 20
 
     # Data
-    demos: str | None = None
-    """.npz file of expert trajectories (D_E); default demos/<env_id>.npz, of a maze generated"""
+    demos: str | None = None  # .npz file of expert trajectories (D_E); default demos/<env_id>.npz, of a maze generated
     num_demos: int = 5
     offline_data: tuple[str, ...] | None = None
     """.npz files of any quality (D_S); default data/<env_id>-medium.npz, of a maze generated"""
     offline_steps: int = 100_000  # transitions of a maze's generated D_S
-    data_seed: int = 0
-    """of a maze's generated data, and of the choice of D_E among the expert's trajectories"""
+    data_seed: int = 0  # of a maze's generated data, and of the choice of D_E among the expert's trajectories
 
     # Policy
     hidden_sizes: tuple[int, ...] = (256, 256)
@@ -120,13 +114,15 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     spaces = env.observation_space, env.action_space
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(
-            f"{SCRIPT}.py: {env_id}: needs vectors of observations and of continuous actions, not {spaces}"
-        )
-    dim = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0])
+        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
+    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+        raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
+    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -138,23 +134,43 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def load_episodes(path: str, env: gym.Env, device: str) -> tuple[list[Batch], np.ndarray]:
-    """All whole trajectories of a file, actions in [-1, 1], rewards 0, and their returns. Schema: demos/README.md"""
-    if not Path(path).exists():
-        record = f"evaluate.py POLICY --sample --record {path}"
-        raise SystemExit(f"{SCRIPT}.py: no data at {path}; give --demos and --offline-data, or record them: {record}")
-    data = dict(np.load(path))
-    found, expected = data["observations"].shape[1], env.observation_space.shape[0]
-    if found != expected:
-        raise SystemExit(
-            f"{SCRIPT}.py: {path} has {found} observations, {env.spec.id} {expected}: another version of it?"
-        )
+def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A file's arrays, actions in [-1, 1], and the ends of its whole trajectories. Schema: demos/README.md"""
+    box, dim, limit = env.unwrapped.action_space, env.observation_space.shape[0], env.spec.max_episode_steps
+    shapes = dict(observations=(dim,), next_observations=(dim,), rewards=(), terminations=(), truncations=())
+    shapes |= dict(actions=box.shape) if actions else {}
+    try:
+        with np.load(path) as file:
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"])
+            data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
+    except Exception as error:
+        raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
+    if actions:
+        data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    largest = np.abs(data["actions"]).max() if actions else 1
     ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    actions = (2 * (data["actions"] - low) / (high - low) - 1).clip(-1, 1)
-    rewards = np.zeros(len(actions))
-    columns = data["observations"], actions, rewards, data["next_observations"], data["terminations"]
-    columns = [torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns]
+    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
+    at_limit = data["terminations"][ends - 1].all() and (np.diff(ends, prepend=0) == limit).all()
+    robot, here = (str(name).split(":")[-1].split("-v")[0] for name in (about.get("env_id", env.spec.id), env.spec.id))
+    faults = {
+        f"was recorded in {robot}, not in {here}": robot != here,
+        "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
+        "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
+        "has next_observations of the next trajectory": len(ends) and joined[ends - 1].all(),
+        "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
+        "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
+    }
+    for fault, found in faults.items():
+        if found and not about.get("checked"):
+            raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
+    return data, ends
+
+
+def load_episodes(path: str, env: gym.Env, device: str) -> tuple[list[Batch], np.ndarray]:
+    """All whole trajectories of a file, rewards 0, and their returns."""
+    data, ends = read_demos(path, env)
+    columns = data["observations"], data["actions"].clip(-1, 1), 0 * data["rewards"], data["next_observations"]
+    columns = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (*columns, data["terminations"])]
     episodes = [Batch(*(column[i:j] for column in columns)) for i, j in pairwise([0, *ends])]
     return episodes, np.array([data["rewards"][i:j].sum() for i, j in pairwise([0, *ends])])
 
@@ -326,8 +342,7 @@ class Adam:
         self.t += 1
         torch._foreach_lerp_(self.mean, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        # Written to a buffer: otherwise the compiler computes it again for every few weights.
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -542,14 +557,13 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
         done, success = False, math.nan
         while not done:
             obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
-            success = np.fmax(success, info.get("success", info.get("is_success", math.nan)))
+            success = np.fmax(success, np.float64(info.get("success", info.get("is_success"))))
             done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
-    if not np.isnan(successes).all():
-        successes = np.nan_to_num(successes)  # an episode that reports none had none
+    rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
     result = dict(eval_return_mean=returns.mean(), eval_return_std=returns.std())
-    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=successes.mean())
+    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=rate)
 
 
 def log_updates(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
@@ -565,6 +579,8 @@ def log_updates(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
+    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
+        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -574,8 +590,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    if args.track:
+        import wandb
+
+        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
         if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
@@ -584,10 +604,6 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -601,9 +617,6 @@ def train(args: Args) -> list[dict]:
     """DWBC, OTIL or DemoDICE. Returns the rows of progress.csv."""
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # weight decay drives unused weights towards 0, where arithmetic is slow
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory, instead of giving it back at every step
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)
     eval_env = make_env(args.env_id)
     obs_dim, act_dim = eval_env.observation_space.shape[0], eval_env.action_space.shape[0]
     expert_episodes, offline_episodes, expert_return = load_data(eval_env, args)
@@ -612,6 +625,8 @@ def train(args: Args) -> list[dict]:
     first_obs = torch.stack([episode.obs[0] for episode in episodes])
 
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for environments that draw from it
+    np.random.seed(args.seed % 2**32)
     run_dir, state = open_run(args)
     agent = state.get("agent") or BaselineAgent(obs_dim, act_dim, args)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)

@@ -9,11 +9,10 @@ Expected: Hopper-v4 about 3,000 after 180,000 steps (25 minutes on one core). Do
 
 import copy
 import csv
-import ctypes
 import json
 import math
 import os
-import platform
+import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass
@@ -37,20 +36,15 @@ SCRIPT = "sac"
 @dataclass
 class Args:
     # Experiment
-    env_id: str = "Hopper-v4"
-    """gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too"""
+    env_id: str = "Hopper-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     seed: int = 1
     total_timesteps: int = 1_000_000
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False
-    """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
-    bf16: bool = False
-    """hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)"""
+    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
-    run_dir: str | None = None
-    """folder of the run; one that holds a run is continued (a larger --total-timesteps lengthens it)"""
-    checkpoint_every: int = 50_000
-    """steps; a checkpoint is written at the end of an episode"""
+    run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
+    checkpoint_every: int = 50_000  # steps; a checkpoint is written at the end of an episode
     eval_every: int = 10_000
     eval_episodes: int = 10
 
@@ -65,11 +59,9 @@ class Args:
     tau: float = 0.005
     actor_lr: float = 3e-4
     critic_lr: float = 1e-3
-    alpha_lr: float = 1e-3
-    """learning rate of the temperature (paper: 3e-4 for all three)"""
+    alpha_lr: float = 1e-3  # learning rate of the temperature (paper: 3e-4 for all three)
     alpha: float = 1.0
-    target_entropy: float | None = None
-    """default: minus the action dimension"""
+    target_entropy: float | None = None  # default: minus the action dimension
 
 
 # --------------------------------------------------------------------------------------- environment and replay
@@ -83,13 +75,15 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     spaces = env.observation_space, env.action_space
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(
-            f"{SCRIPT}.py: {env_id}: needs vectors of observations and of continuous actions, not {spaces}"
-        )
-    dim = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0])
+        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
+    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+        raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
+    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -193,8 +187,8 @@ class Critic(nn.Module):
 class Adam:
     """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
+    def __init__(self, params, lr: float):
+        self.params, self.lr = list(params), lr
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
         self.t = torch.zeros((), device=self.params[0].device)
@@ -202,13 +196,10 @@ class Adam:
 
     @torch.no_grad()
     def step(self, grads) -> None:
-        if self.weight_decay:
-            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.t += 1
         torch._foreach_lerp_(self.mean, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        # Written to a buffer: otherwise the compiler computes it again for every few weights.
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -282,14 +273,13 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
         done, success = False, math.nan
         while not done:
             obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
-            success = np.fmax(success, info.get("success", info.get("is_success", math.nan)))
+            success = np.fmax(success, np.float64(info.get("success", info.get("is_success"))))
             done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
-    if not np.isnan(successes).all():
-        successes = np.nan_to_num(successes)  # an episode that reports none had none
+    rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
     result = dict(eval_return_mean=returns.mean(), eval_return_std=returns.std())
-    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=successes.mean())
+    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=rate)
 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
@@ -305,6 +295,8 @@ def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
+    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
+        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -314,8 +306,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    if args.track:
+        import wandb
+
+        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
         if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
@@ -324,10 +320,6 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -341,10 +333,9 @@ def train(args: Args) -> list[dict]:
     """SAC (algorithm 1). Returns the rows of progress.csv."""
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # numbers next to 0 would be slow
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory, instead of giving it back at every step
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for environments that draw from it
+    np.random.seed(args.seed % 2**32)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     run_dir, state = open_run(args)
@@ -354,7 +345,9 @@ def train(args: Args) -> list[dict]:
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
     update = compiled(sac_update) if args.compile else sac_update
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
+    obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
+    if not np.array_equal(obs, state.get("obs", obs)):
+        print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
     bar = tqdm(range(start_step, args.total_timesteps + 1), initial=start_step, total=args.total_timesteps)
     for step in bar:
@@ -386,11 +379,11 @@ def train(args: Args) -> list[dict]:
 
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
+            obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
-                state = dict(agent=agent, buffer=buffer, rows=rows, metrics=metrics, step=step + 1)
+                state = dict(agent=agent, buffer=buffer, obs=obs, rows=rows, metrics=metrics, step=step + 1)
                 save_checkpoint(run_dir, state | dict(wall_time=time.time() - start_time))
-            obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
 
     writer.close()
     return rows

@@ -13,11 +13,10 @@ Expected on walker-walk: 90% of the expert after 40,000 to 50,000 steps (SAC: 60
 
 import copy
 import csv
-import ctypes
 import json
 import math
 import os
-import platform
+import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
@@ -41,20 +40,15 @@ SCRIPT = "sac_eo"
 @dataclass
 class Args:
     # Experiment
-    env_id: str = "dm_control/walker-walk-v0"
-    """gymnasium id; "Hopper-v4" or "my_module:MyEnv-v0" work too"""
+    env_id: str = "dm_control/walker-walk-v0"  # gymnasium id; "Hopper-v4" or "my_module:MyEnv-v0" work too
     seed: int = 1
     total_timesteps: int = 300_000
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False
-    """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
-    bf16: bool = False
-    """hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)"""
+    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
-    run_dir: str | None = None
-    """folder of the run; one that holds a run is continued (a larger --total-timesteps lengthens it)"""
-    checkpoint_every: int = 50_000
-    """steps; a checkpoint is written at the end of an episode"""
+    run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
+    checkpoint_every: int = 50_000  # steps; a checkpoint is written at the end of an episode
     eval_every: int = 5_000
     eval_episodes: int = 5
 
@@ -107,13 +101,15 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     spaces = env.observation_space, env.action_space
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(
-            f"{SCRIPT}.py: {env_id}: needs vectors of observations and of continuous actions, not {spaces}"
-        )
-    dim = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0])
+        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
+    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+        raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
+    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
@@ -125,22 +121,47 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def load_expert(path: str, env: gym.Env, num_demos: int, device: str) -> tuple[Batch, float]:
-    """The file's first trajectories and their mean return. It may lack actions, which then are NaN."""
-    if not Path(path).exists():
-        raise SystemExit(f"{SCRIPT}.py: no demonstrations at {path}; give --demos PATH")
-    data = dict(np.load(path))
-    width, obs_dim = data["observations"].shape[1], env.observation_space.shape[0]
+def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A file's arrays, actions in [-1, 1], and the ends of its whole trajectories. Schema: demos/README.md"""
+    box, dim, limit = env.unwrapped.action_space, env.observation_space.shape[0], env.spec.max_episode_steps
+    shapes = dict(observations=(dim,), next_observations=(dim,), rewards=(), terminations=(), truncations=())
+    shapes |= dict(actions=box.shape) if actions else {}
+    try:
+        with np.load(path) as file:
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"])
+            data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
+    except Exception as error:
+        raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
+    if actions:
+        data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    largest = np.abs(data["actions"]).max() if actions else 1
     ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
-    if width != obs_dim or len(ends) < num_demos:
-        found = f"{path} has {len(ends)} trajectories of {width} observations"
-        raise SystemExit(f"{SCRIPT}.py: {found}; needed are {num_demos} (--num-demos) of {obs_dim}")
-    n = ends[num_demos - 1]
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    actions = 2 * (data.get("actions", np.full((n, *env.action_space.shape), np.nan))[:n] - low) / (high - low) - 1
-    columns = data["observations"][:n], actions, np.zeros(n), data["next_observations"][:n], np.zeros(n)
-    demos = Batch(*(torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns))
-    return demos, float(data["rewards"][:n].sum() / num_demos)
+    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
+    at_limit = data["terminations"][ends - 1].all() and (np.diff(ends, prepend=0) == limit).all()
+    robot, here = (str(name).split(":")[-1].split("-v")[0] for name in (about.get("env_id", env.spec.id), env.spec.id))
+    faults = {
+        f"was recorded in {robot}, not in {here}": robot != here,
+        "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
+        "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
+        "has next_observations of the next trajectory": len(ends) and joined[ends - 1].all(),
+        "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
+        "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
+    }
+    for fault, found in faults.items():
+        if found and not about.get("checked"):
+            raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
+    return data, ends
+
+
+def load_expert(path: str, env: gym.Env, num_demos: int, device: str) -> tuple[Batch, float]:
+    """The states of the file's first `num_demos` trajectories, and their mean return. Actions are not read."""
+    data, ends = read_demos(path, env, actions=False)
+    if len(ends) < num_demos:
+        raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} trajectories; give --num-demos {len(ends)}")
+    n, actions = ends[num_demos - 1], np.full((len(data["rewards"]), *env.action_space.shape), np.nan)
+    columns = data["observations"], actions, np.zeros(n), data["next_observations"], np.zeros(n)
+    columns = (torch.as_tensor(column[:n], dtype=torch.float32, device=device) for column in columns)
+    return Batch(*columns), float(data["rewards"][:n].sum() / num_demos)
 
 
 def sample(data: Batch, *shape: int) -> Batch:
@@ -235,8 +256,8 @@ class Critic(nn.Module):
 class Adam:
     """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
+    def __init__(self, params, lr: float):
+        self.params, self.lr = list(params), lr
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
         self.t = torch.zeros((), device=self.params[0].device)
@@ -244,13 +265,10 @@ class Adam:
 
     @torch.no_grad()
     def step(self, grads) -> None:
-        if self.weight_decay:
-            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.t += 1
         torch._foreach_lerp_(self.mean, grads, 0.1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        # Written to a buffer: otherwise the compiler computes it again for every few weights.
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -397,13 +415,13 @@ def imitation_weight(agent: Agent, models: TwinModels, expert: Batch, args: Args
 
 
 @torch.no_grad()
-def model_accuracy(models: TwinModels, data: Batch, where: str) -> dict[str, Tensor]:
+def model_accuracy(models: TwinModels, data: Batch) -> dict[str, Tensor]:
     """Squared error as a share of the squared change, and the rank correlation of disagreement and the mean's error."""
     predicted = models(data.obs, data.actions)
     error, change = (models.distance(x, data.next_obs).mean() for x in (predicted, data.obs))
     pair = models.distance(predicted.mean(0), data.next_obs), models.distance(*predicted)
     ranks = torch.stack([x.argsort().argsort().float() for x in pair])
-    return {f"model/error_{where}": error / change, f"model/rank_correlation_{where}": torch.corrcoef(ranks)[0, 1]}
+    return {"model/error_agent": error / change, "model/rank_correlation_agent": torch.corrcoef(ranks)[0, 1]}
 
 
 # ------------------------------------------------------------------------------- evaluation, logging, checkpoints
@@ -415,14 +433,13 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
         done, success = False, math.nan
         while not done:
             obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
-            success = np.fmax(success, info.get("success", info.get("is_success", math.nan)))
+            success = np.fmax(success, np.float64(info.get("success", info.get("is_success"))))
             done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
-    if not np.isnan(successes).all():
-        successes = np.nan_to_num(successes)  # an episode that reports none had none
+    rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
     result = dict(eval_return_mean=returns.mean(), eval_return_std=returns.std())
-    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=successes.mean())
+    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=rate)
 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
@@ -438,6 +455,8 @@ def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
+    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
+        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -447,8 +466,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    if args.track:
+        import wandb
+
+        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
         if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
@@ -457,10 +480,6 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -474,10 +493,9 @@ def train(args: Args) -> list[dict]:
     """SAC-EO. Returns the rows of progress.csv."""
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # numbers next to 0 would be slow
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory, instead of giving it back at every step
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for environments that draw from it
+    np.random.seed(args.seed % 2**32)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
@@ -490,7 +508,9 @@ def train(args: Args) -> list[dict]:
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
     update, update_models = (compiled(f) if args.compile else f for f in (sac_update, model_update))
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
+    obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
+    if not np.array_equal(obs, state.get("obs", obs)):
+        print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
     bar = tqdm(range(start_step, args.total_timesteps + 1), initial=start_step, total=args.total_timesteps)
     for step in bar:
@@ -511,10 +531,8 @@ def train(args: Args) -> list[dict]:
         learning_step = step - args.learning_starts
         if learning_step >= 0 and learning_step % args.model_every == 0 and args.eps_fixed != 0:
             latest = Batch(*(field[-args.model_buffer_size :] for field in buffer.all()))
-            metrics |= model_accuracy(models, Batch(*(field[-args.model_every :] for field in latest)), "agent")
+            metrics |= model_accuracy(models, Batch(*(field[-args.model_every :] for field in latest)))
             metrics["losses/model"] = fit_models(models, update_models, latest, args)
-            if expert.actions.isfinite().all():
-                metrics |= model_accuracy(models, expert, "expert")
             metrics |= imitation_weight(agent, models, expert, args)
 
         # Act
@@ -533,11 +551,11 @@ def train(args: Args) -> list[dict]:
 
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
+            obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
-                state = dict(agent=agent, models=models, buffer=buffer, rows=rows, metrics=metrics, step=step + 1)
-                save_checkpoint(run_dir, state | dict(wall_time=time.time() - start_time))
-            obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
+                state = dict(agent=agent, models=models, buffer=buffer, rows=rows, metrics=metrics)
+                save_checkpoint(run_dir, state | dict(obs=obs, step=step + 1, wall_time=time.time() - start_time))
 
     writer.close()
     return rows

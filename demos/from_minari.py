@@ -20,12 +20,9 @@ OBS_DIM = {"Ant": 27, "Humanoid": 45}  # as make_env cuts
 
 @dataclass
 class Args:
-    dataset: Annotated[str, tyro.conf.Positional]
-    """id of the data set; downloaded if it is not on this machine"""
-    file: Annotated[Path, tyro.conf.Positional]
-    """the .npz file to write"""
-    episodes: int | None = None
-    """only the first so many"""
+    dataset: Annotated[str, tyro.conf.Positional]  # id of the data set; downloaded if it is not on this machine
+    file: Annotated[Path, tyro.conf.Positional]  # the .npz file to write
+    episodes: int | None = None  # only the first so many
 
 
 def flatten(space: gym.Space, obs) -> np.ndarray:

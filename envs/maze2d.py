@@ -158,7 +158,7 @@ def maze_file(env_id: str, part: Literal["expert", "offline"], steps: int, seed:
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.npz")  # several runs may start at once
-        about = json.dumps(dict(env_id=env_id, part=part, seed=seed))
+        about = json.dumps(dict(env_id=env_id, part=part, seed=seed, checked=True))  # a stream runs on over truncations
         np.savez_compressed(temporary, metadata=about, **maze_data(env_id, part, steps, seed))
         os.replace(temporary, path)
     return str(path)

@@ -47,6 +47,7 @@ FILES = {  # what a script needs beside it
     "mbarl": ("envs/point_mass.py", "envs/point_maze.py", "envs/tabletop.py"),
     "sra_offline": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
     "offline_baselines": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
+    "hyper_paper": ("envs/wrappers.py", "demos/Hopper-v4.npz"),
 }
 STEP = {"sra_offline": "updates", "offline_baselines": "updates", "hyper_paper": "charts/train_steps"}
 PLANNED = ("sra_offline", "offline_baselines")  # learning rates are planned for the length of the run

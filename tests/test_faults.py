@@ -1,0 +1,332 @@
+"""Wrong data and wrong worlds: each is refused in a line that says what was found, or does what it should."""
+
+import importlib
+import json
+import re
+import sys
+import threading
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import hype
+import hyper
+import sac
+import sac_eo
+from tests import pointmass
+from tests.conftest import POINT, ROOT, run
+from tests.test_scripts import COMMANDS
+
+
+# ------------------------------------------------------------------------------------------------ worlds
+class Strange(pointmass.PointMass):
+    """Rewards and successes as arrays and None, success only at the end, an action bound that float32 cannot hold."""
+
+    low, high = np.float32([0.015086432, -1]), np.float32([0.022543658, 1])
+    action_space = gym.spaces.Box(low, high)
+
+    def step(self, action):
+        assert (action >= self.low).all() and (action <= self.high).all()
+        obs, reward, terminated, truncated, _ = super().step(action)
+        return obs, np.array([reward]), terminated, truncated, {"is_success": None}
+
+
+class Secretive(pointmass.PointMass):
+    """Starts where a generator of its own says."""
+
+    def reset(self, seed=None, options=None):
+        self.generator = getattr(self, "generator", np.random.default_rng(0))
+        return super().reset(seed=int(self.generator.integers(1_000)))
+
+
+class Breaking(pointmass.PointMass):
+    steps = 0
+
+    def step(self, action):
+        Breaking.steps += 1
+        if Breaking.steps == 160:
+            raise RuntimeError("the simulator broke")
+        return super().step(action)
+
+
+class Late(pointmass.PointMass):
+    """Says is_success in the last step alone, and only where there was one."""
+
+    def step(self, action):
+        obs, reward, *_ = super().step(action)
+        self.steps += 1
+        return obs, reward, self.steps == 5, False, {"is_success": True} if self.steps == 5 and self.lucky else {}
+
+    def reset(self, seed=None, options=None):
+        self.steps, self.lucky = 0, seed % 2 == 0
+        return super().reset(seed=seed)
+
+
+for env in (Strange, Secretive, Breaking, Late):
+    gym.register(f"{env.__name__}-v0", entry_point=env, max_episode_steps=50, disable_env_checker=True)
+gym.register("Endless-v0", entry_point=pointmass.PointMass, disable_env_checker=True)
+HERE = "tests.test_faults"
+
+WORLDS = [
+    ("sac", "--env-id tests.pointmass:Discrete-v0", r"Discrete-v0 needs vectors .* not .*Discrete\(3\)"),
+    ("sac", "--env-id tests.pointmass:Image-v0", r"Image-v0 needs vectors .* not .*\(8, 8, 3\)"),
+    ("sac", f"--env-id {HERE}:Endless-v0", r"no time limit: register it with max_episode_steps"),
+    ("hyper", "--env-id tests.pointmass:Lawless-v0 --demos DEMOS --num-demos 5", r"Add its rule to TERMINATION"),
+    ("mbarl", f"--env-id {POINT}", r"PointMass-v0 has no goals, .* docs/mbarl.md shows a world"),
+    ("mbarl_offline", "--env-id envs.tabletop:Tabletop-v0", r"no uniform_states\(n, rng\); take PointMass2D-v0"),
+    ("sra_offline", f"{COMMANDS['sra_offline']} --num-imagined 1", r"nothing is imagined; give fewer --warmup"),
+]
+
+
+def complaint(script: str, words: str, folder) -> str:
+    """What the user reads. No run has begun."""
+    with pytest.raises(SystemExit) as stopped:
+        run(script, words, folder)
+    message = str(stopped.value)
+    assert message.startswith(f"{script}.py: ") and len(message.splitlines()) == 1 and not (folder / "run").exists()
+    return message
+
+
+@pytest.mark.parametrize("script,words,expected", WORLDS)
+def test_a_world_that_will_not_do(script, words, expected, demos, tmp_path):
+    (tmp_path / "demos").symlink_to(ROOT / "demos")
+    message = complaint(script, words.replace("DEMOS", demos), tmp_path)
+    assert re.search(expected, message), message
+
+
+RULES = [
+    lambda s: (s[:, :2].abs() > 2).any(-1).long(),
+    lambda s: (s[:, :2].abs() > 2).any(-1).float(),
+    lambda s: (s[:, :2].abs() > 2).any(-1, keepdim=True),
+    lambda s: s[:, 0] > -9,
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_of_termination_is_bool_and_agrees_with_the_demonstrations(rule, demos, tmp_path, monkeypatch):
+    monkeypatch.setattr(pointmass.PointMass, "terminates", lambda self, next_obs: rule(next_obs))
+    words = f"{COMMANDS['hyper']} --env-id {POINT} --demos {demos}"
+    assert "must be bool [n] and agree" in complaint("hyper", words, tmp_path)
+
+
+def test_observations_are_copies_and_actions_stay_in_bounds():
+    env = sac.make_env(POINT)
+    obs, _ = env.reset(seed=0)
+    next_obs = env.step(np.float32([1, 1]))[0]
+    assert not np.array_equal(obs, next_obs)
+    env = sac.make_env(f"{HERE}:Strange-v0")
+    env.reset(seed=0)
+    for action in np.float32([[1, 1], [-1, -1], [0.3, 0.7]]):
+        _, reward, *_ = env.step(action)
+        assert type(reward) is float
+
+
+def test_success_that_is_none_or_comes_late():
+    actor = sac.Actor(4, 2, (8,))
+    strange = sac.evaluate(actor, sac.make_env(f"{HERE}:Strange-v0"), 2, seed=0)
+    assert np.isnan(strange["eval_success_rate"]) and np.isfinite(strange["eval_return_mean"])
+    assert sac.evaluate(actor, sac.make_env(f"{HERE}:Late-v0"), 4, seed=0)["eval_success_rate"] == 0.5
+
+
+# ------------------------------------------------------------------------------------------------ data
+def write(path, data: dict, **about) -> str:
+    np.savez(path, **data, **({"metadata": json.dumps(about)} if about else {}))
+    return str(path)
+
+
+def shifted(data: dict) -> dict:
+    return data | dict(next_observations=np.roll(data["observations"], -1, 0))
+
+
+def with_nan(data: dict) -> dict:
+    rewards = data["rewards"].copy()
+    rewards[7] = np.nan
+    return data | dict(rewards=rewards)
+
+
+WRONG = {
+    "another robot's": (lambda d: d, dict(env_id="Walker2d-v5"), "recorded in Walker2d, not in PointMass"),
+    "two columns": (lambda d: d | dict(observations=d["observations"][:, :2]), {}, "cannot reshape"),
+    "shifted": (shifted, {}, "next_observations of the next trajectory"),
+    "subsampled": (lambda d: {name: column[::20] for name, column in d.items()}, {}, "lacks rows"),
+    "shuffled": (
+        lambda d: {k: v[np.random.default_rng(0).permutation(len(v))] for k, v in d.items()},
+        {},
+        "lacks rows",
+    ),
+    "time limits as terminations": (
+        lambda d: d | dict(terminations=d["truncations"], truncations=d["terminations"]),
+        *({}, r"terminates each trajectory at the time limit"),
+    ),
+    "actions in [-1, 1]": (lambda d: d | dict(actions=d["actions"] / 2.01), {}, "all within half"),
+    "actions in degrees": (lambda d: d | dict(actions=d["actions"] * 57), {}, "outside the bounds"),
+    "not finite": (with_nan, {}, "not finite"),
+    "no rewards": (lambda d: {name: d[name] for name in d if name != "rewards"}, {}, "rewards is not a file"),
+    "too few": (lambda d: {name: column[:120] for name, column in d.items()}, {}, "2 trajectories; give --num-demos 2"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_file_is_refused(what, demos, tmp_path):
+    change, about, expected = WRONG[what]
+    path = write(tmp_path / "wrong.npz", change(dict(np.load(demos))), **about)
+    with pytest.raises(SystemExit, match=expected):
+        hyper.load_demos(path, hyper.make_env(POINT), 5, 1, "cpu")
+    if what != "too few" and "reshape" not in expected and "is not a file" not in expected:  # the way out
+        path = write(tmp_path / "meant.npz", change(dict(np.load(demos))), **about, checked=True)
+        hyper.read_demos(path, hyper.make_env(POINT))
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "pickle", "npy", "empty", "missing"])
+def test_a_file_of_another_format_is_named(kind, tmp_path):
+    path = tmp_path / "demos.npz"
+    if kind == "hdf5":
+        h5py.File(path, "w").close()
+    elif kind == "npy":
+        np.save(tmp_path / "array.npy", np.zeros(3))
+        (tmp_path / "array.npy").rename(path)
+    elif kind != "missing":
+        path.write_bytes(b"\x80\x04N." if kind == "pickle" else b"")
+    with pytest.raises(SystemExit, match=r"^hyper\.py: .*demos\.npz: .*converters: demos/README\.md$"):
+        hyper.load_demos(str(path), hyper.make_env(POINT), 5, 1, "cpu")
+
+
+IMITATORS = [script for script in COMMANDS if "--num-demos" in COMMANDS[script] and script != "mbarl"]
+
+
+@pytest.mark.parametrize("script", IMITATORS)
+def test_every_script_reads_with_suspicion(script, demos, tmp_path):
+    words = f"--env-id {POINT}" + (f" --offline-data {demos}" if "offline" in script else "")
+    assert f"{tmp_path}/no.npz" in complaint(script, f"{words} --demos {tmp_path}/no.npz", tmp_path)
+    assert "has 5 trajectories; give --num-demos 5" in complaint(
+        script, f"{words} --demos {demos} --num-demos 6", tmp_path
+    )
+    shift = write(tmp_path / "shift.npz", shifted(dict(np.load(demos))))
+    assert "of the next trajectory" in complaint(script, f"{words} --demos {shift} --num-demos 5", tmp_path)
+
+
+@pytest.mark.parametrize("module", [hyper, hype])
+def test_subsampling_keeps_the_whole_trajectories_counts_and_returns(module, demos):
+    env = module.make_env(POINT)
+    whole, mean_return = module.load_demos(demos, env, 3, 1, "cpu")
+    few, same_return = module.load_demos(demos, env, 3, 20, "cpu")
+    assert same_return == mean_return and len(few.obs) == -(-len(whole.obs) // 20)
+    for part, column in zip(few, whole, strict=True):
+        assert torch.equal(part, column[::20])
+
+
+def test_a_trailing_part_of_a_trajectory_is_left_out(demos, tmp_path):
+    data = {name: column[:230] for name, column in np.load(demos).items()}
+    batch, mean_return = hyper.load_demos(write(tmp_path / "part.npz", data), hyper.make_env(POINT), 4, 1, "cpu")
+    assert len(batch.obs) == 200 and mean_return == pytest.approx(data["rewards"][:200].sum() / 4)
+
+
+def test_actions_of_another_width_are_not_read_by_who_does_not_need_them(demos, tmp_path):
+    data = dict(np.load(demos))
+    path = write(tmp_path / "wide.npz", data | dict(actions=np.zeros((len(data["rewards"]), 9))))
+    batch, _ = sac_eo.load_expert(path, sac_eo.make_env(POINT), 5, "cpu")
+    np.testing.assert_array_equal(batch.obs, data["observations"])
+    with pytest.raises(SystemExit, match="cannot reshape"):
+        hyper.load_demos(path, hyper.make_env(POINT), 5, 1, "cpu")
+
+
+# ------------------------------------------------------------------------------------------------ runs
+SAC = f"{COMMANDS['sac']} --env-id {{}} --total-timesteps 300 --checkpoint-every 60"
+
+
+def test_a_world_with_state_of_its_own_is_noticed_when_a_run_goes_on(tmp_path, capsys):
+    for world, noticed in ((f"{HERE}:Secretive-v0", True), (POINT, False)):
+        folder = tmp_path / str(noticed)
+        folder.mkdir()
+        run("sac", SAC.format(world), folder)
+        assert "keeps state" not in capsys.readouterr().out
+        run("sac", SAC.format(world), folder)
+        assert ("keeps state that no reset restores" in capsys.readouterr().out) == noticed
+
+
+def test_an_environment_that_breaks_leaves_a_checkpoint_and_its_own_traceback(tmp_path):
+    with pytest.raises(RuntimeError, match="the simulator broke"):
+        run("sac", SAC.format(f"{HERE}:Breaking-v0") + " --eval-every 1000 --eval-episodes 1", tmp_path)
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert len(run("sac", SAC.format(f"{HERE}:Breaking-v0") + " --eval-every 1000 --eval-episodes 1", tmp_path)) == 2
+
+
+def test_a_run_in_a_thread(tmp_path):
+    result = []
+    args = sac.Args(env_id=POINT, total_timesteps=100, learning_starts=50, run_dir=str(tmp_path / "run"))
+    thread = threading.Thread(target=lambda: result.extend(sac.train(args)))
+    thread.start()
+    thread.join()
+    assert [row["env_steps"] for row in result] == [0, 100]
+
+
+def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sac.time, "time", lambda: 1.0)
+    sac.open_run(sac.Args())
+    with pytest.raises(FileExistsError):
+        sac.open_run(sac.Args())
+
+
+def test_tracking_without_wandb_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError):
+        sac.open_run(sac.Args(track=True, run_dir=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_recording_starts_where_training_never_does():
+    assert evaluate.Args(Path()).seed >= 2**31 > hash((2**63, 10**9)) % 2**31
+
+
+@pytest.mark.parametrize("script", [script for script in COMMANDS if script != "mbarl"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(script, demos, tmp_path):
+    """From step 160 on the step sizes are absurd; a loss is looked at every 100 steps and before each checkpoint."""
+    data = f"--demos {demos} --num-demos 5" if script != "sac" else ""
+    words = f"{COMMANDS[script]} --env-id {POINT} {data} --eval-every 1000 --checkpoint-every 1"
+    words += " --learning-starts 160" if "offline" not in script else f" --offline-data {demos} --lr 1e30"
+    words += " --actor-lr 1e30" if "offline" not in script else ""
+    with pytest.raises(SystemExit, match=rf"^{script}\.py: a loss is not finite at step \d+: .*losses/.*nan"):
+        run(script, words, tmp_path)
+    if "offline" not in script:
+        with pytest.MonkeyPatch.context() as patch:  # the checkpoint holds classes of the script that was run
+            patch.setitem(sys.modules, "__main__", importlib.import_module(script))
+            state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=False)
+        assert 50 <= state["step"] < 200
+        assert all(np.isfinite(float(value)) for name, value in state["metrics"].items() if "losses" in name)
+
+
+# ------------------------------------------------------------------------------------------------ converters
+@pytest.mark.parametrize("version", ["v0", "v2"])
+def test_a_d4rl_file_is_what_the_environment_returned(version, tmp_path):
+    from demos import from_d4rl
+
+    env, steps = gym.make("Hopper-v4"), []
+    env.action_space.seed(0)
+    for seed in range(3):
+        obs, _ = env.reset(seed=seed)
+        done = False
+        while not done:
+            action = env.action_space.sample()
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            steps.append((obs, action, reward, next_obs, terminated, truncated))
+            obs, done = next_obs, terminated or truncated
+    obs, actions, rewards, next_obs, terminals, timeouts = map(np.array, zip(*steps, strict=True))
+    with h5py.File(tmp_path / "d4rl.hdf5", "w") as file:
+        names = dict(observations=obs, actions=actions, rewards=rewards, terminals=terminals, timeouts=timeouts)
+        for name, column in (names | (dict(next_observations=next_obs) if version == "v2" else {})).items():
+            file[name] = column
+    from_d4rl.main(from_d4rl.Args(tmp_path / "d4rl.hdf5", tmp_path / "out.npz", "Hopper-v4", episodes=2))
+    batch, mean_return = hyper.load_demos(str(tmp_path / "out.npz"), hyper.make_env("Hopper-v4"), 2, 1, "cpu")
+    ends = np.flatnonzero(terminals)[:2]
+    rows_kept = np.delete(np.arange(ends[1] + 1), ends if version == "v0" else [])
+    np.testing.assert_array_equal(batch.obs, np.float32(obs[rows_kept]))
+    np.testing.assert_array_equal(batch.next_obs, np.float32(next_obs[rows_kept]))
+    np.testing.assert_allclose(batch.actions, actions[rows_kept].clip(-1 + 1e-6, 1 - 1e-6), atol=1e-6)
+    np.testing.assert_array_equal(np.flatnonzero(batch.terminations), ends if version == "v2" else [])
+    assert mean_return == pytest.approx(rewards[rows_kept].sum() / 2, rel=1e-5)
