@@ -2,7 +2,6 @@
 
 Imitation from an expert's states alone, without its actions and without a reward: through learned dynamics models, the
 policy's action at an expert state should lead to the expert's next state. The models learn from what the policy does.
-This is sac_eo.py with weight 1 and without what that makes idle.
 
     python bco_baseline.py --env-id dm_control/walker-walk-v0 --compile    # 9 minutes on one core
 
@@ -108,7 +107,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
     shapes |= dict(actions=box.shape) if actions else {}
     try:
         with np.load(path) as file:
-            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"])
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
         raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None

@@ -162,7 +162,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
     shapes |= dict(actions=box.shape) if actions else {}
     try:
         with np.load(path) as file:
-            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"])
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
         raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None

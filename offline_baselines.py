@@ -19,7 +19,6 @@ import csv
 import json
 import math
 import os
-import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
@@ -141,7 +140,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
     shapes |= dict(actions=box.shape) if actions else {}
     try:
         with np.load(path) as file:
-            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"])
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
         raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
@@ -625,8 +624,6 @@ def train(args: Args) -> list[dict]:
     first_obs = torch.stack([episode.obs[0] for episode in episodes])
 
     torch.manual_seed(args.seed)
-    random.seed(args.seed)  # for environments that draw from it
-    np.random.seed(args.seed % 2**32)
     run_dir, state = open_run(args)
     agent = state.get("agent") or BaselineAgent(obs_dim, act_dim, args)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)

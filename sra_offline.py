@@ -19,7 +19,6 @@ import csv
 import json
 import math
 import os
-import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
@@ -170,7 +169,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
     shapes |= dict(actions=box.shape) if actions else {}
     try:
         with np.load(path) as file:
-            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"])
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
         raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
@@ -776,8 +775,6 @@ def train(args: Args) -> list[dict]:
     data = concat(expert, offline)
 
     torch.manual_seed(args.seed)
-    random.seed(args.seed)  # for environments that draw from it
-    np.random.seed(args.seed % 2**32)
     run_dir, state = open_run(args)
     agent = state.get("agent") or OfflineAgent(obs_dim, act_dim, args)
     model, vae, nothing = state.get("model"), state.get("vae"), Batch(*(field[:0] for field in expert))

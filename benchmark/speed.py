@@ -10,12 +10,10 @@ steps), so that whatever else the machine does hits all of them alike; numbers a
 """
 
 import copy
-import ctypes
 import importlib.util
 import itertools
 import json
 import os
-import platform
 import queue
 import subprocess
 import sys
@@ -279,9 +277,6 @@ def main(args: Args) -> None:
     sys.path.append(str(ROOT))  # for envs/
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # our scripts' settings, from which the others profit too
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)
     path = ROOT / "benchmark" / "results" / "speed" / "cpu.json"
     commit = subprocess.getoutput(f"git -C {ROOT} describe --always --dirty --abbrev=9 --exclude='*'")
     about = dict(date=time.strftime("%Y-%m-%d"), commit=commit, torch=torch.__version__, turns=args.rounds)

@@ -11,8 +11,8 @@ class TremblingHand(gym.ActionWrapper):
         super().__init__(env)
         self.p_tremble = p_tremble
 
-    def reset(self, *, seed=None, options=None):
-        self.rng = np.random.default_rng(seed)
+    def reset(self, *, seed: int, options=None):
+        self.rng = np.random.default_rng((seed, 1))  # not the environment's own stream
         return super().reset(seed=seed, options=options)
 
     def action(self, action: np.ndarray) -> np.ndarray:
@@ -31,13 +31,13 @@ class DemoStarts(gym.Wrapper):
         super().__init__(env)
         data = np.load(path)
         if "states" not in data:
-            raise SystemExit(f"{path} has no simulator states to reset to; record some with evaluate.py")
+            raise SystemExit(f"hype.py: {path} has no simulator states to reset to; record some with evaluate.py")
         self.states = data["states"][np.cumsum(data["states"][:, 0] == 0) <= num_demos]
         self.prob = prob
 
-    def reset(self, *, seed=None, options=None):
+    def reset(self, *, seed: int, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng((seed, 2))  # not the environment's own stream
         demo_start = bool(rng.random() < self.prob)
         if demo_start:
             import mujoco

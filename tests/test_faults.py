@@ -166,6 +166,7 @@ WRONG = {
     "actions in [-1, 1]": (lambda d: d | dict(actions=d["actions"] / 2.01), {}, "all within half"),
     "actions in degrees": (lambda d: d | dict(actions=d["actions"] * 57), {}, "outside the bounds"),
     "not finite": (with_nan, {}, "not finite"),
+    "empty": (lambda d: {name: column[:0] for name, column in d.items()}, {}, "cannot reshape array of size 0"),
     "no rewards": (lambda d: {name: d[name] for name in d if name != "rewards"}, {}, "rewards is not a file"),
     "too few": (lambda d: {name: column[:120] for name, column in d.items()}, {}, "2 trajectories; give --num-demos 2"),
 }
