@@ -151,7 +151,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
         f"was recorded in {robot}, not in {here}": robot != here,
         "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
         "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
-        "has next_observations of the next trajectory": len(ends) and joined[ends - 1].all(),
+        "has next_observations of the next trajectory": joined[ends[:-1] - 1].any(),
         "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
         "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
     }
@@ -322,7 +322,7 @@ class Agent(nn.Module):
 
 
 class Cost(nn.Module):
-    """The learned cost f(s, a): a discriminator's logit, positive on learner, negative on expert transitions."""
+    """The learned cost f(s, a), low on expert and high on learner transitions (a discriminator's logit)."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()

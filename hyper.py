@@ -177,7 +177,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
         f"was recorded in {robot}, not in {here}": robot != here,
         "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
         "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
-        "has next_observations of the next trajectory": len(ends) and joined[ends - 1].all(),
+        "has next_observations of the next trajectory": joined[ends[:-1] - 1].any(),
         "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
         "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
     }
@@ -386,7 +386,7 @@ class EnsembleDynamics(nn.Module):
 
 
 class Cost(nn.Module):
-    """The learned cost f(s, a): a discriminator's logit, positive on learner, negative on expert transitions."""
+    """The learned cost f(s, a), low on expert and high on learner transitions (a discriminator's logit)."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -507,7 +507,7 @@ def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tenso
         errors = (mean - targets[held_out]).square().mean(-1)
         return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
 
-    best_error, best_net = validate(), copy.deepcopy(dynamics.net.state_dict())
+    best_error, best_net = validate(), dynamics.net.state_dict()  # no copy: the trained weights, if none are better
     batches = epochs_since_best = 0
     while batches < limit and epochs_since_best < args.model_patience:
         for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):

@@ -1,8 +1,7 @@
 """HyPER as its authors released it (Ren et al., "Hybrid Inverse Reinforcement Learning", arXiv 2402.08848).
 
-hyper.py is our HyPER; this is the published one, for comparison. An ensemble of costs is trained by moment matching,
-one step along the gradient's sign a round, on fresh episodes of the policy. SAC sees imagined transitions alone, from
-rollouts of up to 25 steps, and takes steps of optimistic Adam.
+hyper.py is our HyPER; this is the published one, for comparison. An ensemble of costs takes one step along the
+gradient's sign a round, on fresh episodes. SAC takes steps of optimistic Adam, on imagined transitions alone.
 
     python hyper_paper.py --env-id Hopper-v4 --num-demos 10                 # settings of this robot, see TUNED below
     python hyper_paper.py --env-id Ant-v4 --num-demos 10 --run-dir runs/a   # the same command again continues it
@@ -13,11 +12,10 @@ Each piece was held against the authors' code instead; how, and what still diffe
 
 import copy
 import csv
-import ctypes
 import json
 import math
 import os
-import platform
+import random
 import re
 import subprocess
 import time
@@ -36,76 +34,57 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from envs.wrappers import TremblingHand
+
 SCRIPT = "hyper_paper"
 
 
 @dataclass
 class Args:
     # Experiment
-    env_id: str = "Ant-v4"
-    """gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too"""
+    env_id: str = "Ant-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     seed: int = 1
-    total_timesteps: int = 151_000
-    """training steps; the steps of the cost's rollouts come on top, and env_steps in progress.csv counts both"""
+    total_timesteps: int = 151_000  # the steps of the cost's rollouts come on top; env_steps counts both
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False
-    """compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)"""
-    bf16: bool = False
-    """hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)"""
+    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
     track: bool = False  # to Weights & Biases
-    run_dir: str | None = None
-    """folder of the run; one that holds a run is continued (a larger --total-timesteps lengthens it)"""
-    checkpoint_every: int = 1_000
-    """training steps; a checkpoint (up to 3 GB) is written at the end of an episode"""
+    run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
+    checkpoint_every: int = 1_000  # training steps; a checkpoint (up to 3 GB) is written at the end of an episode
     eval_every: int = 10_000
     eval_episodes: int = 10
 
     # Environment and demonstrations
-    p_tremble: float = 0.01
-    """probability that a step executes a random action, in training, cost rollouts and evaluation"""
-    reset_every: int = 1_000
-    """cut training episodes at multiples of this many steps"""
-    demos: str | None = None
-    """.npz file of expert trajectories; default demos/<env_id>.npz"""
+    p_tremble: float = 0.01  # probability that a step, of evaluation too, executes a random action
+    reset_every: int = 1_000  # cut training episodes at multiples of this many steps
+    demos: str | None = None  # .npz file of expert trajectories; default demos/<env_id>.npz
     num_demos: int = 64
 
-    # Dynamics ensemble
+    # Dynamics ensemble and imagined rollouts
     model_members: int = 7
     model_elites: int = 5
     model_hidden_sizes: tuple[int, ...] = (400, 400, 400, 400)
     model_lr: float = 3e-4
-    model_cosine: int = 0
-    """half the period of the step size's cosine, in minibatches; 0 for a constant step size"""
+    model_cosine: int = 0  # half the period of the step size's cosine, in minibatches; 0 for a constant step size
     model_batch_size: int = 256
-    model_every: int = 125
-    """training steps between model fits, each followed by imagined rollouts"""
-    model_patience: int = 10
-    """stop a fit after so many epochs without improvement on held-out data"""
-    output_clamp: float | None = None
-    """bound of the model's predicted mean changes and of the cost"""
-
-    # Imagined rollouts
+    model_every: int = 125  # training steps between model fits, each followed by imagined rollouts
+    model_patience: int = 10  # stop a fit after so many epochs without improvement on held-out data
+    output_clamp: float | None = None  # bound of the model's predicted mean changes and of the cost
     rollouts_per_step: int = 400
     rollout_length: tuple[int, int] = (1, 25)
-    rollout_epochs: tuple[int, int] = (20, 100)
-    """the length grows between these two epochs of 1,000 training steps"""
-    rollout_noise: bool = True
-    """sample next states from the ensemble members' Gaussians instead of taking their means"""
+    rollout_epochs: tuple[int, int] = (20, 100)  # the length grows between these two epochs of 1,000 training steps
 
     # Cost
     cost_members: int = 7
     cost_hidden_sizes: tuple[int, ...] = (256, 256)
     cost_lr: float = 8e-4
     cost_weight_decay: float = 0.0
-    cost_every: int = 1_000
-    """training steps between rounds of one gradient step"""
+    cost_every: int = 1_000  # training steps between rounds of one gradient step
     cost_episodes: int = 4
     cost_batch_size: int = 4_096
 
     # SAC
     hidden_sizes: tuple[int, ...] = (512, 512)
-    learning_starts: int = 1_000
-    """steps of the untrained policy before learning starts"""
+    learning_starts: int = 1_000  # steps of the untrained policy before learning starts
     updates_per_step: int = 30
     update_every: int = 1  # steps
     batch_size: int = 256
@@ -113,13 +92,10 @@ class Args:
     tau: float = 0.005
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4
-    lr_sawtooth: int = 0
-    """updates in which the learning rates of actor and critics fall to 0; a cost round restarts them; 0 for constant"""
+    lr_sawtooth: int = 0  # updates in which these two rates fall to 0, unless a cost round restarts them; 0: constant
     alpha: float = 1.0
-    alpha_lr: float = 3e-4
-    """0 for a fixed temperature"""
-    target_entropy: float | None = None
-    """default: minus the action dimension"""
+    alpha_lr: float = 3e-4  # 0 for a fixed temperature
+    target_entropy: float | None = None  # default: minus the action dimension
 
 
 # The authors' settings of each robot; a flag on the command line beats them. HalfCheetah is not among theirs.
@@ -148,46 +124,26 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         env = gym.wrappers.FlattenObservation(env)
     spaces = env.observation_space, env.action_space
     if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(
-            f"{SCRIPT}.py: {env_id}: needs vectors of observations and of continuous actions, not {spaces}"
-        )
-    dim = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0])
+        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
+    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+        raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
+    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    env = gym.wrappers.TransformReward(env, lambda reward: np.asarray(reward, float).item())
     return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-class TremblingHand(gym.ActionWrapper):
-    """With some probability a step executes a uniformly random action instead. The seed of a reset decides when."""
-
-    def __init__(self, env: gym.Env, p_tremble: float):
-        super().__init__(env)
-        self.p_tremble = p_tremble
-
-    def reset(self, *, seed=None, options=None):
-        self.rng = np.random.default_rng(seed)
-        return super().reset(seed=seed, options=options)
-
-    def action(self, action: np.ndarray) -> np.ndarray:
-        trembles = self.rng.random() < self.p_tremble
-        return self.rng.uniform(-1, 1, action.shape).astype(np.float32) if trembles else action
-
-
-# When imagined rollouts end: next_obs [batch, obs_dim] -> bool [batch]. Add your environment here, or give it a method
-# `terminates(next_obs)`.
-TERMINATION = (
-    dict.fromkeys(
-        ("HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum", "dm_control"),  # never
-        lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool),
-    )
-    | {
-        "Hopper": lambda s: ~((s[:, 1:].abs() < 100).all(-1) & (s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2)),
-        "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2.0) & (s[:, 1].abs() < 1.0)),
-        "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1.0)),
-        "Humanoid": lambda s: ~((s[:, 0] >= 1.0) & (s[:, 0] <= 2.0)),
-    }
-)
+# When imagined rollouts end, bool [batch] of next_obs [batch, obs_dim]; or give your environment a method `terminates`.
+NEVER = "HalfCheetah", "Swimmer", "Reacher", "Pusher", "Pendulum", "dm_control"
+TERMINATION = dict.fromkeys(NEVER, lambda s: torch.zeros_like(s[:, 0], dtype=torch.bool)) | {
+    "Hopper": lambda s: ~((s[:, 1:].abs() < 100).all(-1) & (s[:, 0] > 0.7) & (s[:, 1].abs() < 0.2)),
+    "Walker2d": lambda s: ~((s[:, 0] > 0.8) & (s[:, 0] < 2.0) & (s[:, 1].abs() < 1.0)),
+    "Ant": lambda s: ~((s[:, 0] >= 0.2) & (s[:, 0] <= 1.0)),
+    "Humanoid": lambda s: ~((s[:, 0] >= 1.0) & (s[:, 0] <= 2.0)),
+}
 
 
 class Batch(NamedTuple):
@@ -198,25 +154,47 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def load_demos(path: str, env: gym.Env, num_demos: int, device: str) -> tuple[Batch, float]:
-    """The file's first `num_demos` trajectories, actions in [-1, 1], and their mean return. Schema: demos/README.md"""
-    if not Path(path).exists():
-        raise SystemExit(f"{SCRIPT}.py: no demonstrations at {path}; give --demos PATH")
-    data = dict(np.load(path))
-    found, expected = data["observations"].shape[1], env.observation_space.shape[0]
-    if found != expected:
-        raise SystemExit(
-            f"{SCRIPT}.py: {path} has {found} observations, {env.spec.id} {expected}: another version of it?"
-        )
+def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A file's arrays, actions in [-1, 1], and the ends of its whole trajectories. Schema: demos/README.md"""
+    box, dim, limit = env.unwrapped.action_space, env.observation_space.shape[0], env.spec.max_episode_steps
+    shapes = dict(observations=(dim,), next_observations=(dim,), rewards=(), terminations=(), truncations=())
+    shapes |= dict(actions=box.shape) if actions else {}
+    try:
+        with np.load(path) as file:
+            about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
+            data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
+    except Exception as error:
+        raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
+    if actions:
+        data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
+    largest = np.abs(data["actions"]).max() if actions else 1
     ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
+    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
+    at_limit = data["terminations"][ends - 1].all() and (np.diff(ends, prepend=0) == limit).all()
+    robot, here = (str(name).split(":")[-1].split("-v")[0] for name in (about.get("env_id", env.spec.id), env.spec.id))
+    faults = {
+        f"was recorded in {robot}, not in {here}": robot != here,
+        "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
+        "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
+        "has next_observations of the next trajectory": joined[ends[:-1] - 1].any(),
+        "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
+        "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
+    }
+    for fault, found in faults.items():
+        if found and not about.get("checked"):
+            raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
+    return data, ends
+
+
+def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: str) -> tuple[Batch, float]:
+    """Every `subsample`-th transition of the file's first `num_demos` trajectories, and their mean return."""
+    data, ends = read_demos(path, env)
     if len(ends) < num_demos:
         raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} trajectories; give --num-demos {len(ends)}")
-    n = ends[num_demos - 1]
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    actions = np.clip(2 * (data["actions"][:n] - low) / (high - low) - 1, -1 + 1e-6, 1 - 1e-6)
-    columns = data["observations"][:n], actions, np.zeros(n), data["next_observations"][:n], data["terminations"][:n]
-    demos = Batch(*(torch.as_tensor(column, dtype=torch.float32, device=device) for column in columns))
-    return demos, float(data["rewards"][:n].sum() / num_demos)
+    n, actions = ends[num_demos - 1], data["actions"].clip(-1 + 1e-6, 1 - 1e-6)
+    columns = data["observations"], actions, np.zeros(n), data["next_observations"], data["terminations"]
+    columns = (torch.as_tensor(column[:n:subsample], dtype=torch.float32, device=device) for column in columns)
+    return Batch(*columns), float(data["rewards"][:n].sum() / num_demos)
 
 
 def concat(*batches: Batch, dim: int = 0) -> Batch:
@@ -273,25 +251,6 @@ class EnsembleMLP(nn.Module):
             return ((x * weight).sum(-1, keepdim=True) if weight.shape[1] == 1 else (weight @ x.mT).mT) + last_bias
 
 
-class Normaliser(nn.Module):
-    """Standardises inputs; the identity until it is fitted."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-
-    def fit(self, *sources: Tensor) -> None:
-        """To data sets [n, dim] that all count the same, whatever their sizes."""
-        mean = torch.stack([x.mean(0) for x in sources]).mean(0)
-        std = torch.stack([(x - mean).square().mean(0) for x in sources]).mean(0).sqrt()
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(std < 1e-6, 1.0, std))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
-
-
 class Actor(nn.Module):
     """Tanh-Gaussian policy."""
 
@@ -320,125 +279,90 @@ class Actor(nn.Module):
         return raw.tanh()[0].cpu().numpy()
 
 
-class Critic(nn.Module):
-    """Twin Q functions: [2, batch]."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...], layer_norm: bool):
-        super().__init__()
-        self.net = EnsembleMLP(2, [obs_dim + act_dim, *hidden_sizes, 1], layer_norm=layer_norm)
-
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat([obs, actions], -1).expand(2, -1, -1)).squeeze(-1)
+def twin_q(critic: EnsembleMLP, obs: Tensor, actions: Tensor) -> Tensor:
+    """Both critics' Q values [2, batch]."""
+    return critic(torch.cat([obs, actions], -1).expand(2, -1, -1)).squeeze(-1)
 
 
-class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
+class OptimisticAdam:
+    """Adam that takes its last step back and makes the new one twice: p <- p + s d(t-1) - 2 s d(t), d its direction."""
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
+    def __init__(self, params, weight_decay: float = 0.0, optimistic: bool = True):
+        self.params, self.weight_decay, self.optimistic = list(params), weight_decay, optimistic
         self.mean = [torch.zeros_like(p) for p in self.params]
         self.square = [torch.zeros_like(p) for p in self.params]
         self.t = torch.zeros((), device=self.params[0].device)
         self.scale = torch.zeros_like(self.t)
 
-    @torch.no_grad()
-    def step(self, grads) -> None:
-        if self.weight_decay:
-            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
-        self.t += 1
-        torch._foreach_lerp_(self.mean, grads, 0.1)
-        torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        # Written to a buffer: otherwise the compiler computes it again for every few weights.
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))
-        root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
-        torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
-
-
-class OptimisticAdam(Adam):
-    """Takes its last step back and makes the new one twice: p <- p + s d(t-1) - 2 s d(t), where d(t) is Adam's."""
-
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        super().__init__(params, lr, weight_decay)
-        self.lr = torch.full_like(self.t, lr)  # a tensor, so that a compiled update sees it change
-
     def direction(self) -> list[Tensor]:
         return torch._foreach_div(self.mean, torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8))
 
     @torch.no_grad()
-    def step(self, grads) -> None:
-        last = self.direction()
-        super().step(grads)  # p - s d(t)
-        change = torch._foreach_sub(self.direction(), last)
+    def step(self, grads, lr: Tensor | float) -> None:
+        # In plain tensor operations: torch.compile makes one graph of a whole update.
+        if self.weight_decay:
+            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
+        last = self.direction() if self.optimistic else None
+        self.t += 1
+        torch._foreach_lerp_(self.mean, grads, 0.1)
+        torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
+        self.scale.copy_(lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
+        change = self.direction()
+        if self.optimistic:
+            change = torch._foreach_sub(torch._foreach_mul(change, 2.0), last)
         torch._foreach_sub_(self.params, torch._foreach_mul(change, self.scale))
 
-    def restart(self, lr: float) -> None:
-        """As new, with another learning rate."""
-        for tensor in (*self.mean, *self.square, self.t):
-            tensor.zero_()
-        self.lr.fill_(lr)
+    def restart(self) -> None:
+        torch._foreach_zero_([*self.mean, *self.square, self.t])
 
 
 class Agent(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
         self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
-        self.critic = Critic(obs_dim, act_dim, args.hidden_sizes, layer_norm=False)
+        self.critic = EnsembleMLP(2, [obs_dim + act_dim, *args.hidden_sizes, 1])
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.target_entropy = -act_dim if args.target_entropy is None else args.target_entropy
         self.to(args.device)
-        self.actor_optimizer = OptimisticAdam(self.actor.parameters(), args.actor_lr)
-        self.critic_optimizer = OptimisticAdam(self.critic.parameters(), args.critic_lr)
-        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
+        self.actor_optimizer = OptimisticAdam(self.actor.parameters())
+        self.critic_optimizer = OptimisticAdam(self.critic.parameters())
+        self.alpha_optimizer = OptimisticAdam([self.log_alpha], optimistic=False)
 
 
-class EnsembleDynamics(nn.Module):
+class Dynamics(nn.Module):
     """Probabilistic ensemble (PETS, MBPO): each member predicts a Gaussian over next_obs - obs."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
+        self.clamp = args.output_clamp
         self.net = EnsembleMLP(args.model_members, [obs_dim + act_dim, *args.model_hidden_sizes, 2 * obs_dim], F.silu)
         for weight in self.net.weights:
             std = 0.5 * weight.shape[1] ** -0.5
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-        self.normalise = Normaliser(obs_dim + act_dim)
+        self.register_buffer("mean", torch.zeros(obs_dim + act_dim))  # of the inputs
+        self.register_buffer("std", torch.ones(obs_dim + act_dim))
         self.register_buffer("elites", torch.arange(args.model_elites))
         self.to(args.device)
-        self.optimizer = Adam(self.net.parameters(), args.model_lr, weight_decay=5e-5)
+        self.optimizer = OptimisticAdam(self.net.parameters(), weight_decay=5e-5, optimistic=False)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance [members, batch, obs_dim] of inputs [members, batch, obs_dim + act_dim]."""
-        mean, log_var = self.net(self.normalise(inputs)).chunk(2, -1)
+        mean, log_var = self.net((inputs - self.mean) / self.std).chunk(2, -1)
+        mean = mean if self.clamp is None else mean.clamp(-self.clamp, self.clamp)
         log_var = 0.5 - F.softplus(0.5 - log_var)  # smoothly between -10 and 0.5
         return mean, F.softplus(log_var + 10) - 10
 
-    def elites_forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """As forward, of the elites alone: [elites, batch, ...]."""
-        params = {name: param[self.elites] for name, param in self.named_parameters()}
-        return torch.func.functional_call(self, params, (inputs,))
-
     @torch.no_grad()
-    def sample(self, obs: Tensor, actions: Tensor, noise: bool) -> Tensor:
+    def sample(self, obs: Tensor, actions: Tensor) -> Tensor:
         """next_obs [batch, obs_dim]; the elites share the rows out at random, in equal parts (TS1)."""
         n, k = len(obs), len(self.elites)
         order = torch.randperm(n, device=obs.device)
         shares = order[torch.arange(-(-n // k) * k, device=obs.device) % n].view(k, -(-n // k))
-        mean, log_var = self.elites_forward(torch.cat([obs, actions], -1)[shares])
-        delta = mean + (0.5 * log_var).exp() * torch.randn_like(mean) if noise else mean
+        elites = {name: param[self.elites] for name, param in self.named_parameters()}
+        mean, log_var = torch.func.functional_call(self, elites, (torch.cat([obs, actions], -1)[shares],))
+        delta = mean + (0.5 * log_var).exp() * torch.randn_like(mean)
         return obs + torch.empty_like(obs).index_copy_(0, order, delta.flatten(0, 1)[:n])
-
-
-class ClampedDynamics(EnsembleDynamics):
-    """With a bound of the predicted mean changes, and a learning rate that may change."""
-
-    def __init__(self, obs_dim: int, act_dim: int, args: Args):
-        super().__init__(obs_dim, act_dim, args)
-        self.clamp = args.output_clamp
-        self.optimizer.lr = torch.full_like(self.optimizer.t, args.model_lr)
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_var = super().forward(inputs)
-        return mean if self.clamp is None else mean.clamp(-self.clamp, self.clamp), log_var
 
 
 class CostEnsemble(nn.Module):
@@ -446,14 +370,14 @@ class CostEnsemble(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
-        self.clamp, self.bf16 = args.output_clamp, args.bf16
+        self.clamp = args.output_clamp
         self.net = EnsembleMLP(args.cost_members, [obs_dim + act_dim, *args.cost_hidden_sizes, 1])
         for weight, bias in zip(self.net.weights, self.net.biases, strict=True):
             for member in weight:
                 nn.init.orthogonal_(member)
             nn.init.uniform_(bias, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
         self.to(args.device)
-        self.optimizer = OptimisticAdam(self.net.parameters(), args.cost_lr, args.cost_weight_decay)
+        self.optimizer = OptimisticAdam(self.net.parameters(), args.cost_weight_decay)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """f [batch] of inputs [batch, obs_dim + act_dim]."""
@@ -464,44 +388,14 @@ class CostEnsemble(nn.Module):
     def reward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """-f [...], what the policy maximises, at obs [..., obs_dim] and actions [..., act_dim]."""
         inputs = torch.cat([obs, actions], -1)
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            return -self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
+        return -self(inputs.flatten(0, -2)).view(inputs.shape[:-1])
 
 
 # --------------------------------------------------------------------------------------- losses and updates
-def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics, and the mean Q value."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
-        with torch.no_grad():
-            next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
-            next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_log_prob
-            target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-        q = agent.critic(batch.obs, batch.actions)
-    return (q - target).square().mean(1).sum(), q.detach().mean()
-
-
-def actor_loss(agent: Agent, obs: Tensor, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """alpha log pi(a|s) - Q(s, a) at obs [batch, obs_dim], and the policy's entropy."""
-    with torch.autocast(obs.device.type, torch.bfloat16, enabled=args.bf16):
-        actions, log_prob = agent.actor.sample(obs, noise)
-        q = agent.critic(obs, actions).amin(0)
-    return (agent.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
-
-
-def dynamics_loss(dynamics: EnsembleDynamics, inputs: Tensor, targets: Tensor, args: Args) -> Tensor:
-    """Gaussian negative log-likelihood, summed over members."""
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.bf16):
-        mean, log_var = dynamics(inputs)
-    return ((mean - targets).square() * (-log_var).exp() + log_var).mean((1, 2)).sum()
-
-
 def moment_loss(cost: CostEnsemble, expert: Batch, learner: Batch, mix: Tensor) -> Tensor:
-    """mean f(expert) - mean f(learner) + 10 (|grad f| - 0.4)^2, the gradient at random points between the two.
-
-    mix [batch, 1] in [0, 1] is the expert's share of these points.
-    """
+    """mean f(expert) - mean f(learner) + 10 (|grad f| - 0.4)^2, the gradient at random points between the two."""
     expert_inputs, learner_inputs = (torch.cat([batch.obs, batch.actions], -1) for batch in (expert, learner))
-    between = mix * expert_inputs + (1 - mix) * learner_inputs
+    between = mix * expert_inputs + (1 - mix) * learner_inputs  # mix [batch, 1] in [0, 1]
     gradient = torch.func.grad(lambda x: cost(x).sum())(between)
     penalty = ((gradient.square().sum(-1) + 1e-12).sqrt() - 0.4).square().mean()
     return cost(expert_inputs).mean() - cost(learner_inputs).mean() + 10 * penalty
@@ -514,43 +408,42 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 def sac_update(agent: Agent, batch: Batch, actor_obs: Tensor, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """One gradient step of critics, actor and temperature; actor_obs [batch, obs_dim] are the actor's own states.
+    """One step of critics, actor (at its own states, actor_obs) and temperature. noise [2, batch, act_dim]: N(0, 1)."""
+    # What is left of the learning rates. t counts the updates since the last cost round.
+    left = (1 - agent.critic_optimizer.t / args.lr_sawtooth).clamp(min=0) if args.lr_sawtooth else 1.0
+    alpha = agent.log_alpha.exp().detach()
+    with torch.no_grad():
+        next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise[0])
+        next_q = twin_q(agent.target_critic, batch.next_obs, next_actions).amin(0) - alpha * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q
+    q = twin_q(agent.critic, batch.obs, batch.actions)
+    q_loss = (q - target).square().mean(1).sum()
+    agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params), args.critic_lr * left)
 
-    noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions. Returns metrics.
-    """
-    q_loss, q = critic_loss(agent, batch, noise[0], args)
-    agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
-    pi_loss, entropy = actor_loss(agent, actor_obs, noise[1], args)
-    agent.actor_optimizer.step(torch.autograd.grad(pi_loss, agent.actor_optimizer.params))
-    agent.alpha_optimizer.step([entropy - agent.target_entropy])
-    metrics = dict(critic=q_loss, actor=pi_loss, q=q, entropy=entropy, alpha=agent.log_alpha.exp())
+    actions, log_prob = agent.actor.sample(actor_obs, noise[1])
+    pi_loss = (alpha * log_prob - twin_q(agent.critic, actor_obs, actions).amin(0)).mean()
+    agent.actor_optimizer.step(torch.autograd.grad(pi_loss, agent.actor_optimizer.params), args.actor_lr * left)
+
+    entropy = -log_prob.detach().mean()
+    agent.alpha_optimizer.step([entropy - agent.target_entropy], args.alpha_lr)
+    metrics = dict(critic=q_loss, actor=pi_loss, q=q.mean(), entropy=entropy, alpha=agent.log_alpha.exp())
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
-def dynamics_update(dynamics: EnsembleDynamics, inputs: Tensor, targets: Tensor, args: Args) -> None:
-    """One gradient step of all members, on inputs and targets [members, batch, ...]."""
-    loss = dynamics_loss(dynamics, inputs, targets, args)
-    dynamics.optimizer.step(torch.autograd.grad(loss, dynamics.optimizer.params))
+def likelihood_update(dynamics: Dynamics, inputs: Tensor, targets: Tensor, args: Args) -> None:
+    """One step of all members along their Gaussian log-likelihood's gradient, on [members, batch, ...]."""
+    mean, log_var = dynamics(inputs)
+    loss = ((mean - targets).square() * (-log_var).exp() + log_var).mean((1, 2)).sum()
+    cosine = (math.pi / args.model_cosine * dynamics.optimizer.t).cos() if args.model_cosine else 1.0
+    lr = args.model_lr * (1 + cosine) / 2
+    dynamics.optimizer.step(torch.autograd.grad(loss, dynamics.optimizer.params), lr)
 
 
-def cosine_dynamics_update(dynamics: ClampedDynamics, inputs: Tensor, targets: Tensor, args: Args) -> None:
-    """dynamics_update, its learning rate on a cosine over all minibatches so far."""
-    if args.model_cosine:
-        lr = 0.5 * args.model_lr * (1 + (math.pi / args.model_cosine * dynamics.optimizer.t).cos())
-        dynamics.optimizer.lr.copy_(lr)
-    dynamics_update(dynamics, inputs, targets, args)
-
-
-def cost_round(
-    cost: CostEnsemble, expert: Batch, learner: Batch, mix: Tensor, previous_rounds: int, args: Args
-) -> Tensor:
-    """One step of a new optimistic Adam, of size lr, lr, lr / 2, lr / 3, ... in successive rounds.
-
-    A first step goes along the gradient's sign: every weight moves by twice that size.
-    """
-    cost.optimizer.restart(args.cost_lr / max(1, previous_rounds))
+def cost_round(cost: CostEnsemble, expert: Batch, learner: Batch, mix: Tensor, lr: float) -> Tensor:
+    """One step of a new optimistic Adam: it goes along the gradient's sign, every weight moves by 2 lr."""
     loss = moment_loss(cost, expert, learner, mix)
-    cost.optimizer.step(torch.autograd.grad(loss, cost.optimizer.params))
+    cost.optimizer.restart()
+    cost.optimizer.step(torch.autograd.grad(loss, cost.optimizer.params), lr)
     return loss.detach()
 
 
@@ -560,35 +453,28 @@ def compiled(function):
 
 
 # ----------------------------------------------------------------------------------------- model and rollouts
-def fit_dynamics(
-    dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, max_batches: int, args: Args
-) -> float:
-    """Fits each member to its own bootstrap of the data, drawn in proportion to weights [n].
-
-    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. Returns its error.
-    """
+def fit_ensemble(dynamics: Dynamics, update, data: Batch, args: Args) -> float:
+    """Fits each member to a bootstrap. A held-out fifth ends the fit, picks weights and elites. Returns the error."""
     inputs, targets = torch.cat([data.obs, data.actions], -1), data.next_obs - data.obs
-    dynamics.normalise.fit(inputs)
+    std = inputs.std(0, correction=0)
+    dynamics.mean.copy_(inputs.mean(0))
+    dynamics.std.copy_(torch.where(std < 1e-6, 1.0, std))
     order = torch.randperm(len(inputs), device=inputs.device)
     held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
-    draws = torch.multinomial(weights[train].expand(args.model_members, -1), len(train), replacement=True)
-    bootstrap = train[draws]  # [members, n]
+    weights = torch.ones(args.model_members, len(train), device=inputs.device)
+    bootstrap = train[weights.multinomial(len(train), replacement=True)]  # [members, n]
 
     @torch.no_grad()
     def validate() -> Tensor:  # [members]
         mean, _ = dynamics(inputs[held_out].expand(args.model_members, -1, -1))
-        errors = (mean - targets[held_out]).square().mean(-1)
-        return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
+        return (mean - targets[held_out]).square().mean((1, 2))
 
-    best_error, best_net = validate(), None
-    batches = epochs_since_best = 0
-    while batches < max_batches and epochs_since_best < args.model_patience:
+    best_error, best_net, epochs_since_best = validate(), None, 0
+    while epochs_since_best < args.model_patience:
         for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):
-            if len(columns) < args.model_batch_size or batches == max_batches:
-                break
-            rows = bootstrap[:, columns]
-            update(dynamics, inputs[rows], targets[rows], args)
-            batches += 1
+            if len(columns) == args.model_batch_size:  # one shape to compile
+                rows = bootstrap[:, columns]
+                update(dynamics, inputs[rows], targets[rows], args)
         error = validate()
         epochs_since_best += 1
         if (error < 0.99 * best_error).any():
@@ -600,19 +486,13 @@ def fit_dynamics(
     return best_error.mean().item()
 
 
-def rollout_length(epoch: int, args: Args) -> int:
-    """Steps of an imagined rollout in an epoch of 1,000 training steps, counted from 1."""
-    (start, end), (shortest, longest) = args.rollout_epochs, args.rollout_length
-    return int(shortest + min(max((epoch - start) / (end - start), 0), 1) * (longest - shortest))
-
-
 @torch.no_grad()
-def imagine(dynamics: EnsembleDynamics, actor: Actor, obs: Tensor, length: int, terminates, args: Args) -> Batch:
+def imagine_rollouts(dynamics: Dynamics, actor: Actor, obs: Tensor, length: int, terminates) -> Batch:
     """Rolls the policy out in the model. Rewards stay 0: the current cost's are filled in when a batch is drawn."""
     act_dim, steps = actor.net.biases[-1].shape[-1] // 2, []
     for _ in range(length):
         actions, _ = actor.sample(obs, torch.randn(len(obs), act_dim, device=obs.device))
-        next_obs = dynamics.sample(obs, actions, args.rollout_noise)
+        next_obs = dynamics.sample(obs, actions)
         done, finite = terminates(next_obs), next_obs.isfinite().all(-1)
         step = Batch(obs, actions, torch.zeros(len(obs), device=obs.device), next_obs, done.float())
         steps.append(Batch(*(field[finite] for field in step)))
@@ -643,14 +523,13 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
         done, success = False, math.nan
         while not done:
             obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
-            success = np.fmax(success, info.get("success", info.get("is_success", math.nan)))
+            success = np.fmax(success, np.float64(info.get("success", info.get("is_success"))))
             done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
-    if not np.isnan(successes).all():
-        successes = np.nan_to_num(successes)  # an episode that reports none had none
+    rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
     result = dict(eval_return_mean=returns.mean(), eval_return_std=returns.std())
-    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=successes.mean())
+    return result | dict(eval_length_mean=lengths.mean(), eval_success_rate=rate)
 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
@@ -666,6 +545,8 @@ def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
+    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
+        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -675,8 +556,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.run_dir or f"runs/{name}")
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    if args.track:
+        import wandb
+
+        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
         if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
@@ -685,10 +570,6 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -702,36 +583,35 @@ def train(args: Args) -> list[dict]:
     """HyPER. Returns the rows of progress.csv."""
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # weight decay drives unused weights towards 0, where arithmetic is slow
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory, instead of giving it back at every step
-        ctypes.CDLL(None).mallopt(-3, 1 << 25)
-        ctypes.CDLL(None).mallopt(-1, 1 << 30)
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # for environments that draw from it
+    np.random.seed(args.seed % 2**32)
     env, cost_env, eval_env = (TremblingHand(make_env(args.env_id), args.p_tremble) for _ in range(3))
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
-    expert, expert_return = load_demos(demos, env, args.num_demos, args.device)
+    expert, expert_return = load_demos(demos, env, args.num_demos, 1, args.device)
     terminates = getattr(env.unwrapped, "terminates", TERMINATION.get(re.split("-v|/", args.env_id)[0]))
     if terminates is None:
         raise SystemExit(f"{SCRIPT}.py: when do imagined rollouts of {args.env_id} end? Add its rule to TERMINATION")
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
-    dynamics = state.get("dynamics") or ClampedDynamics(obs_dim, act_dim, args)
+    dynamics = state.get("dynamics") or Dynamics(obs_dim, act_dim, args)
     cost = state.get("cost") or CostEnsemble(obs_dim, act_dim, args)
     buffer = state.get("buffer") or ReplayBuffer(1_000_000, obs_dim, act_dim, args.device)
     hybrid = state.get("hybrid") or ReplayBuffer(150_000, obs_dim, act_dim, args.device)
-    imagined = state.get("imagined")
-    updates, updates_since_round = state.get("updates", 0), state.get("updates_since_round", 0)
+    imagined, updates = state.get("imagined"), state.get("updates", 0)
     rows, metrics = state.get("rows", []), state.get("metrics", {})
     start_step, env_steps = state.get("step", 0), state.get("env_steps", 0)  # without and with the cost's rollouts
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
     if not hybrid.size:
         for transition in zip(*expert, strict=True):
             hybrid.add(*transition)
-    update, update_dynamics = sac_update, cosine_dynamics_update
-    if args.compile:
-        update, update_dynamics = compiled(update), compiled(update_dynamics)
+    functions = sac_update, likelihood_update
+    update, update_model = map(compiled, functions) if args.compile else functions
     writer = SummaryWriter(str(run_dir), purge_step=env_steps)
-    obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
+    obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
+    if not np.array_equal(obs, state.get("obs", obs)):
+        print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
     bar = tqdm(range(start_step, args.total_timesteps + 1), initial=start_step, total=args.total_timesteps)
     for step in bar:
@@ -743,8 +623,7 @@ def train(args: Args) -> list[dict]:
             log_row(run_dir, rows, writer)
             policy = dict(actor=agent.actor.state_dict(), sizes=(obs_dim, act_dim, args.hidden_sizes))
             torch.save(policy | dict(script=SCRIPT, env_id=args.env_id), run_dir / "policy.pt")
-            at_90 = [r["env_steps"] for r in rows if r["eval_return_mean"] >= 0.9 * expert_return][:1]
-            bar.set_postfix_str(f"return {row['eval_return_mean']:.0f} of {expert_return:.0f}, first at 90%: {at_90}")
+            bar.set_postfix_str(f"return {row['eval_return_mean']:.0f} of {expert_return:.0f}")
         if step == args.total_timesteps:
             break
 
@@ -762,12 +641,12 @@ def train(args: Args) -> list[dict]:
 
         # Model: fit it to the queue, then imagine rollouts, all from expert or all from learner states
         if learning_step >= 0 and learning_step % args.model_every == 0:
-            data = hybrid.all()
-            hold_out = fit_dynamics(dynamics, update_dynamics, data, torch.ones_like(data.rewards), 10**9, args)
+            hold_out = fit_ensemble(dynamics, update_model, hybrid.all(), args)
             coin = torch.rand(()) < 0.5
             starts = sample(expert if coin else learner, args.rollouts_per_step * args.model_every).obs
-            length = rollout_length(max(learning_step - 1, 0) // 1_000 + 1, args)
-            rollouts = imagine(dynamics, agent.actor, starts, length, terminates, args)
+            epoch = max(1, math.ceil(learning_step / 1_000))
+            length = int(np.interp(epoch, args.rollout_epochs, args.rollout_length))
+            rollouts = imagine_rollouts(dynamics, agent.actor, starts, length, terminates)
             capacity = length * args.rollouts_per_step * 1_000  # an epoch's, if none of them ended early
             imagined = concat(imagined, rollouts) if imagined else rollouts
             imagined = Batch(*(field[-capacity:] for field in imagined))
@@ -780,12 +659,8 @@ def train(args: Args) -> list[dict]:
             batches = batches._replace(rewards=cost.reward(batches.obs, batches.actions))  # [updates, batch]
             noise = torch.randn(n, 2, args.batch_size, act_dim, device=args.device)
             for batch, *inputs in zip(map(Batch, *batches), actor_obs, noise, strict=True):
-                if args.lr_sawtooth:
-                    left = max(0.0, 1 - updates_since_round / args.lr_sawtooth)
-                    agent.actor_optimizer.lr.fill_(args.actor_lr * left)
-                    agent.critic_optimizer.lr.fill_(args.critic_lr * left)
                 metrics |= update(agent, batch, *inputs, args)
-                updates, updates_since_round = updates + 1, updates_since_round + 1
+                updates += 1
                 if updates % 4 == 0:
                     polyak(agent.target_critic, agent.critic, args.tau)
             if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
@@ -797,24 +672,23 @@ def train(args: Args) -> list[dict]:
             env_steps += len(played.obs)
             expert_batch, learner_batch = (sample(data, args.cost_batch_size) for data in (expert, played))
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)
-            previous_rounds = learning_step // args.cost_every - 1
-            metrics["losses/cost"] = cost_round(cost, expert_batch, learner_batch, mix, previous_rounds, args)
+            lr = args.cost_lr / max(1, learning_step // args.cost_every - 1)  # lr, lr, lr / 2, lr / 3, ...
+            metrics["losses/cost"] = cost_round(cost, expert_batch, learner_batch, mix, lr)
             means = [cost.reward(data.obs[-1_000:], data.actions[-1_000:]).mean() for data in (expert, learner)]
             metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
-            updates_since_round = 0
             if args.lr_sawtooth:
-                agent.actor_optimizer.restart(args.actor_lr)
-                agent.critic_optimizer.restart(args.critic_lr)
+                agent.actor_optimizer.restart()
+                agent.critic_optimizer.restart()
 
         cut = learning_step >= 0 and learning_step % args.reset_every == 0
         if terminated or truncated or cut:
+            obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
                 state = dict(agent=agent, dynamics=dynamics, cost=cost, buffer=buffer, hybrid=hybrid, imagined=imagined)
-                state |= dict(updates=updates, updates_since_round=updates_since_round, rows=rows, metrics=metrics)
-                state |= dict(step=step + 1, env_steps=env_steps, wall_time=time.time() - start_time)
+                state |= dict(updates=updates, rows=rows, metrics=metrics, obs=obs, step=step + 1, env_steps=env_steps)
+                state |= dict(wall_time=time.time() - start_time)
                 save_checkpoint(run_dir, state)
-            obs, _ = env.reset(seed=int(torch.randint(2**31, ())))
 
     writer.close()
     return rows

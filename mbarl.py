@@ -529,7 +529,7 @@ def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tenso
         errors = (mean - targets[held_out]).square().mean(-1)
         return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
 
-    best_error, best_net = validate(), copy.deepcopy(dynamics.net.state_dict())
+    best_error, best_net = validate(), dynamics.net.state_dict()  # no copy: the trained weights, if none are better
     batches = epochs_since_best = 0
     while batches < limit and epochs_since_best < args.model_patience:
         for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):

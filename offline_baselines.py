@@ -155,7 +155,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
         f"was recorded in {robot}, not in {here}": robot != here,
         "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
         "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
-        "has next_observations of the next trajectory": len(ends) and joined[ends - 1].all(),
+        "has next_observations of the next trajectory": joined[ends[:-1] - 1].any(),
         "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
         "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
     }

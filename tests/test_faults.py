@@ -153,6 +153,11 @@ WRONG = {
     "another robot's": (lambda d: d, dict(env_id="Walker2d-v5"), "recorded in Walker2d, not in PointMass"),
     "two columns": (lambda d: d | dict(observations=d["observations"][:, :2]), {}, "cannot reshape"),
     "shifted": (shifted, {}, "next_observations of the next trajectory"),
+    "running on": (
+        lambda d: {name: shifted(d)[name][:-1] for name in d},
+        {},
+        "next_observations of the next trajectory",
+    ),
     "subsampled": (lambda d: {name: column[::20] for name, column in d.items()}, {}, "lacks rows"),
     "shuffled": (
         lambda d: {k: v[np.random.default_rng(0).permutation(len(v))] for k, v in d.items()},
@@ -224,6 +229,8 @@ def test_subsampling_keeps_the_whole_trajectories_counts_and_returns(module, dem
 def test_a_trailing_part_of_a_trajectory_is_left_out(demos, tmp_path):
     data = {name: column[:230] for name, column in np.load(demos).items()}
     batch, mean_return = hyper.load_demos(write(tmp_path / "part.npz", data), hyper.make_env(POINT), 4, 1, "cpu")
+    one = {name: column[:50] for name, column in data.items()}
+    hyper.load_demos(write(tmp_path / "one.npz", one), hyper.make_env(POINT), 1, 1, "cpu")
     assert len(batch.obs) == 200 and mean_return == pytest.approx(data["rewards"][:200].sum() / 4)
 
 

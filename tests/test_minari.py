@@ -12,7 +12,6 @@ import hyper
 from demos import from_minari
 
 pytest.importorskip("jax", reason="Minari needs jax to make a data set (pip install 'minari[create]'), not to read one")
-
 # Minari writes the environment's entry point into the data set: a name, not a class.
 gym.register("NamedSplit-v0", "tests.pointmass:Split", max_episode_steps=50, disable_env_checker=True)
 
@@ -38,18 +37,15 @@ def test_a_minari_data_set_loads_as_what_the_environment_showed(env_id, tmp_path
             action = draw.uniform(-1, 1, low.shape).astype(np.float32)
             recorder.step(low + (action + 1) / 2 * (high - low))
             next_obs, reward, *_ = env.step(action)
-            expected.append((obs, action, reward, next_obs))
+            expected.append((obs, action, next_obs, reward))
             obs = next_obs
     recorder.create_dataset("test/three-v0")
     from_minari.main(from_minari.Args("test/three-v0", tmp_path / "two.npz", episodes=2))
     minari.delete_dataset("test/three-v0")
 
-    obs, actions, rewards, next_obs = (torch.as_tensor(np.array(column[:11])) for column in zip(*expected, strict=True))
-    demos, mean_return = hyper.load_demos(str(tmp_path / "two.npz"), env, 2, "cpu")
-    torch.testing.assert_close(demos.obs, obs)
-    torch.testing.assert_close(demos.actions, actions)
-    torch.testing.assert_close(demos.next_obs, next_obs)
+    *columns, rewards = (torch.as_tensor(np.array(column[:11])) for column in zip(*expected, strict=True))
+    demos, mean_return = hyper.load_demos(str(tmp_path / "two.npz"), env, 2, 1, "cpu")
+    torch.testing.assert_close([demos.obs, demos.actions, demos.next_obs], columns)
     assert mean_return == pytest.approx(rewards.sum().item() / 2, rel=1e-5)
     assert not demos.terminations.any()  # cut short is no termination
-    file = np.load(tmp_path / "two.npz")
-    assert np.flatnonzero(file["truncations"]).tolist() == [4, 10]
+    assert np.flatnonzero(np.load(tmp_path / "two.npz")["truncations"]).tolist() == [4, 10]

@@ -10,6 +10,9 @@ import torch
 import offline_baselines as ob
 from tests import pointmass
 from tests.conftest import POINT, run
+from tests.test_sra import assert_gradients, record, transitions
+
+EXPERT, OTHER = transitions(8, 1), transitions(8, 2)
 
 
 def agent_and_args(algo: str, **settings):
@@ -20,48 +23,31 @@ def agent_and_args(algo: str, **settings):
     return agent, args
 
 
-def transitions(n: int, seed: int, shift: float = 0.0) -> ob.Batch:
-    generator = torch.Generator().manual_seed(seed)
-    obs, next_obs = torch.randn(2, n, 4, generator=generator) + shift
-    actions = torch.rand(n, 2, generator=generator) * 1.9 - 0.95
-    return ob.Batch(obs, actions, torch.rand(n, generator=generator), next_obs, (torch.arange(n) % 3 == 0).float())
-
-
-def record(optimizer) -> list:
-    """The gradients of the optimiser's steps, as they come."""
-    seen, step = [], optimizer.step
-    optimizer.step = lambda grads: [seen.append(grads), step(grads)]
-    return seen
-
-
-def assert_gradients(found: list, loss: torch.Tensor, network: torch.nn.Module) -> None:
-    torch.testing.assert_close(found[0], torch.autograd.grad(loss, list(network.parameters())), rtol=1e-3, atol=1e-5)
+def slope_at(function, points: torch.Tensor) -> torch.Tensor:
+    points.requires_grad_()
+    (slope,) = torch.autograd.grad(function(points).sum(), points, create_graph=True)
+    return slope.square().sum(1)
 
 
 def test_dwbc_steps_by_hand():
     """The outputs of policy and discriminator are constants to each other."""
     agent, _ = agent_and_args("dwbc")
-    batches, before = (transitions(8, 1), transitions(6, 2)), copy.deepcopy(agent)
+    agent.discriminator.head.net.weights[-1].data *= 9
+    agent.discriminator.head.net.biases[-1].data -= 1.4  # outputs on both sides of a half
+    before = copy.deepcopy(agent)
     actor, discriminator = record(agent.actor_optimizer), record(agent.discriminator_optimizer)
-    ob.dwbc_discriminator_update(agent, *batches)
+    ob.dwbc_discriminator_update(agent, EXPERT, OTHER)
     agent.discriminator = before.discriminator
-    ob.dwbc_update(agent, *batches)
-    each = [before.actor.log_prob(batch.obs, batch.actions) for batch in batches]
-    d = [before.discriminator(before.pairs(b), lp.detach()) for b, lp in zip(batches, each, strict=True)]
+    ob.dwbc_update(agent, EXPERT, OTHER)
+    each = [before.actor.log_prob(batch.obs, batch.actions) for batch in (EXPERT, OTHER)]
+    pairs = [before.pairs(batch) for batch in (EXPERT, OTHER)]
+    d = [before.discriminator(pair, lp.detach()) for pair, lp in zip(pairs, each, strict=True)]
+    assert min(d[1]) < 0.4 < 0.6 < max(d[1]) and max(d[0]) - min(d[0]) > 0.3
     loss = ((1 - d[0]) / d[0]).log().mean() - 2 * (1 - d[1]).log().mean()
     assert_gradients(discriminator, loss, before.discriminator)
     d = d[0].detach(), torch.where(d[1] < 0.5, 0, d[1]).detach()
     loss = ((0.5 / (d[0] * (1 - d[0])) + 1 - 7.5) * each[0].sum(1)).mean()
     assert_gradients(actor, loss - ((1 / (1 - d[1]) - 1) * each[1].sum(1)).mean(), before.actor)
-
-
-def test_weights():
-    on_expert, on_other = ob.dwbc_weights(torch.tensor([0.5, 0.1, 0.9]), torch.tensor([0.5, 0.3, 0.8, 0.9]))
-    assert on_expert.tolist() == pytest.approx([4.5, 7.5 - 0.5 / 0.09 - 1, 7.5 - 0.5 / 0.09 - 1], abs=1e-4)
-    assert on_other.tolist() == pytest.approx([1, 0, 4, 9], abs=1e-4)
-    assert ob.demodice_weights(torch.tensor([0.0, 1.1, 500.0, -3.0])).mean().item() == pytest.approx(1)
-    weights = ob.demodice_weights(torch.tensor([0.0, 1.1]))
-    assert (weights[1] / weights[0]).item() == pytest.approx(math.e, rel=1e-4)
 
 
 def test_otil_step_by_hand():
@@ -81,23 +67,33 @@ def test_otil_step_by_hand():
     assert_gradients(actor, -(weights * before.actor.log_prob(batch.obs, batch.actions).sum(1)).mean(), before.actor)
 
 
-def test_demodice_value_and_actor_by_hand():
+def test_demodice_step_by_hand():
     agent, args = agent_and_args("demodice")
-    expert, union, first, mix = transitions(8, 1), transitions(8, 2), torch.randn(8, 4), torch.rand(4, 8, 1)
-    before, normalise = copy.deepcopy(agent), agent.actor.normalise
-    value, actor = record(agent.value_optimizer), record(agent.actor_optimizer)
-    ob.demodice_update(agent, expert, union, first, mix, args)
-    d = torch.sigmoid(agent.discriminator(agent.pairs(union))[0].detach())  # after its own step
-    obs, next_obs = normalise(union.obs), normalise(union.next_obs)
-    advantages = -torch.log(1 / (d + 1e-3) - 1 + 1e-3) + 0.99 * before.value(next_obs)[0] - before.value(obs)[0]
-    mixed = normalise(mix[2] * expert.obs + (1 - mix[2]) * union.obs)
-    next_mixed = normalise(mix[3] * expert.next_obs + (1 - mix[3]) * union.next_obs)
-    points = torch.cat([obs, mixed, next_mixed]).requires_grad_()
-    (slope,) = torch.autograd.grad(before.value(points).sum(), points, create_graph=True)
+    first, mix, before, normalise = torch.randn(8, 4), torch.rand(4, 8, 1), copy.deepcopy(agent), agent.actor.normalise
+    discriminator, value, actor = map(
+        record, (agent.discriminator_optimizer, agent.value_optimizer, agent.actor_optimizer)
+    )
+    ob.demodice_update(agent, EXPERT, OTHER, first, mix, args)
+
+    def reward(net, pairs):
+        return -torch.log(1 / (torch.sigmoid(net(pairs)[0]) + 1e-3) - 1 + 1e-3)
+
+    expert, union, net = before.pairs(EXPERT), before.pairs(OTHER), before.discriminator
+    points = mix[0] * expert + (1 - mix[0]) * union, mix[1] * union.roll(1, 0) + (1 - mix[1]) * union
+    slopes = slope_at(lambda x: reward(net, x), torch.cat(points)).sqrt()
+    loss = -torch.sigmoid(net(expert)).log().mean() - torch.sigmoid(-net(union)).log().mean()
+    assert_gradients(discriminator, loss + 0.1 * (slopes - 1).square().mean(), net)
+
+    obs, next_obs = normalise(OTHER.obs), normalise(OTHER.next_obs)
+    rewards = reward(agent.discriminator, union).detach()  # after the discriminator's step
+    advantages = rewards + 0.99 * before.value(next_obs)[0] - before.value(obs)[0]
+    mixed = normalise(mix[2] * EXPERT.obs + (1 - mix[2]) * OTHER.obs)
+    next_mixed = normalise(mix[3] * EXPERT.next_obs + (1 - mix[3]) * OTHER.next_obs)
+    slopes = slope_at(before.value, torch.cat([obs, mixed, next_mixed]))
     loss = 0.01 * before.value(normalise(first)).mean() + 1.1 * torch.logsumexp(advantages / 1.1, 0)
-    assert_gradients(value, loss + 1e-4 * slope.square().sum(1).mean(), before.value)
+    assert_gradients(value, loss + 1e-4 * slopes.mean(), before.value)
     weights = 8 * torch.softmax(advantages.detach() / 1.1, 0)
-    assert_gradients(actor, -(weights * before.actor.log_prob(union.obs, union.actions).sum(1)).mean(), before.actor)
+    assert_gradients(actor, -(weights * before.actor.log_prob(OTHER.obs, OTHER.actions).sum(1)).mean(), before.actor)
 
 
 def test_sinkhorn_marginals_and_a_plan_by_hand():
