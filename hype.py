@@ -139,7 +139,9 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
             about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
-        raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
+        raise SystemExit(
+            f"{SCRIPT}.py: {path} is no .npz as demos/README.md shows, with converters: {error!r}"
+        ) from None
     if actions:
         data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
     largest = np.abs(data["actions"]).max() if actions else 1

@@ -164,7 +164,9 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
             about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
-        raise SystemExit(f"{SCRIPT}.py: {path}: {error!r}; --demos, schema, converters: demos/README.md") from None
+        raise SystemExit(
+            f"{SCRIPT}.py: {path} is no .npz as demos/README.md shows, with converters: {error!r}"
+        ) from None
     if actions:
         data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
     largest = np.abs(data["actions"]).max() if actions else 1
@@ -592,7 +594,7 @@ def train(args: Args) -> list[dict]:
     expert, expert_return = load_demos(demos, env, args.num_demos, 1, args.device)
     terminates = getattr(env.unwrapped, "terminates", TERMINATION.get(re.split("-v|/", args.env_id)[0]))
     if terminates is None:
-        raise SystemExit(f"{SCRIPT}.py: when do imagined rollouts of {args.env_id} end? Add its rule to TERMINATION")
+        raise SystemExit(f"{SCRIPT}.py: when do imagined rollouts of {args.env_id} end? See TERMINATION")
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     dynamics = state.get("dynamics") or Dynamics(obs_dim, act_dim, args)
