@@ -1,6 +1,8 @@
 """demos/from_minari.py, on small data sets made here."""
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import gymnasium as gym
 import minari
@@ -11,7 +13,6 @@ import torch
 import hyper
 from demos import from_minari
 
-pytest.importorskip("jax", reason="Minari needs jax to make a data set (pip install 'minari[create]'), not to read one")
 # Minari writes the environment's entry point into the data set: a name, not a class.
 gym.register("NamedSplit-v0", "tests.pointmass:Split", max_episode_steps=50, disable_env_checker=True)
 
@@ -23,9 +24,19 @@ class Copied(minari.StepDataCallback):
         return copy.deepcopy(super().__call__(env, **step))
 
 
+def tree_map(function, tree, *others):
+    """All that Minari, when it makes a data set, needs of jax, which is no requirement of ours."""
+    if isinstance(tree, dict):
+        return {name: tree_map(function, part, *(other[name] for other in others)) for name, part in tree.items()}
+    return function(tree, *others)
+
+
 @pytest.mark.parametrize("env_id", ["Ant-v5", "NamedSplit-v0"])
 def test_a_minari_data_set_loads_as_what_the_environment_showed(env_id, tmp_path, monkeypatch):
     """Three recorded episodes, cut short; expected: what make_env gives for the same seeds and actions."""
+    jax = SimpleNamespace(tree_util=SimpleNamespace(tree_map=tree_map))
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    monkeypatch.setitem(sys.modules, "jax.tree_util", jax.tree_util)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     recorder, env = minari.DataCollector(gym.make(env_id), step_data_callback=Copied), hyper.make_env(env_id)
     low, high, draw = env.unwrapped.action_space.low, env.unwrapped.action_space.high, np.random.default_rng(0)
