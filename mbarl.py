@@ -47,7 +47,6 @@ gym.register_envs(envs)  # importing them did it
 
 @dataclass
 class Args:
-    # Experiment
     env_id: str = "Tabletop-v0"  # a world that is never reset; "my_module:MyWorld-v0" works too, see docs/mbarl.md
     algo: Literal["mbarl", "medal", "fbrl", "naive", "oracle"] = "mbarl"
     seed: int = 1

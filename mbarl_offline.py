@@ -40,7 +40,6 @@ gym.register_envs(envs)  # importing them did it
 
 @dataclass
 class Args:
-    # Experiment
     env_id: str = "PointMass2D-v0"
     """PointMass2D-v0, PointMass2DCoarse-v0, or a world of docs/mbarl.md that has uniform_states(n, rng)"""
     seed: int = 1

@@ -44,7 +44,6 @@ DEMODICE_ALPHA = 0.1
 
 @dataclass
 class Args:
-    # Experiment
     env_id: str = "Maze2D-umaze-v0"
     """where the policy is evaluated: a maze, a robot, or your own, "my_module:MyEnv-v0", with your own data"""
     algo: Literal["dwbc", "otil", "demodice"] = "dwbc"
@@ -143,9 +142,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
             about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
-        raise SystemExit(
-            f"{SCRIPT}.py: {path} is no .npz as demos/README.md shows, with converters: {error!r}"
-        ) from None
+        raise SystemExit(f"{SCRIPT}.py: {path} is no .npz as in demos/README.md (has converters): {error!r}") from None
     if actions:
         data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
     largest = np.abs(data["actions"]).max() if actions else 1
@@ -631,9 +628,9 @@ def train(args: Args) -> list[dict]:
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
     updates = dwbc_update, dwbc_discriminator_update, otil_update, demodice_update
-    if args.compile:
-        updates = map(compiled, updates)
-    update_dwbc, update_discriminator, update_otil, update_demodice = updates
+    update_dwbc, update_discriminator, update_otil, update_demodice = (
+        map(compiled, updates) if args.compile else updates
+    )
     # Without a cache of cast weights, which change within an update
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
@@ -648,9 +645,6 @@ def train(args: Args) -> list[dict]:
     bar = tqdm(range(start_step, args.total_timesteps + 1), initial=start_step, total=args.total_timesteps)
     for step in bar:
         if step % args.eval_every == 0 or step == args.total_timesteps:
-            for name, part in (("expert", expert), ("offline", offline)):
-                some_obs = part.obs[:: max(1, len(part.obs) // 1_000)]
-                metrics[f"model/confidence_{name}"] = agent.actor.confidence(some_obs).mean()
             row = dict(env_steps=0, updates=step, wall_time_s=round(time.time() - start_time, 1))
             row |= evaluate(agent.actor, eval_env, args.eval_episodes, seed=args.seed * 1_000_000 + step)
             low, high = SCORES.get(args.env_id.split("-v")[0], (math.nan, math.nan))

@@ -35,7 +35,6 @@ SCRIPT = "sac"
 
 @dataclass
 class Args:
-    # Experiment
     env_id: str = "Hopper-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     seed: int = 1
     total_timesteps: int = 1_000_000

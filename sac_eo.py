@@ -39,7 +39,6 @@ SCRIPT = "sac_eo"
 
 @dataclass
 class Args:
-    # Experiment
     env_id: str = "dm_control/walker-walk-v0"  # gymnasium id; "Hopper-v4" or "my_module:MyEnv-v0" work too
     seed: int = 1
     total_timesteps: int = 300_000
@@ -131,9 +130,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
             about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
-        raise SystemExit(
-            f"{SCRIPT}.py: {path} is no .npz as demos/README.md shows, with converters: {error!r}"
-        ) from None
+        raise SystemExit(f"{SCRIPT}.py: {path} is no .npz as in demos/README.md (has converters): {error!r}") from None
     if actions:
         data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
     largest = np.abs(data["actions"]).max() if actions else 1

@@ -43,7 +43,6 @@ SCRIPT = "sra_offline"
 
 @dataclass
 class Args:
-    # Experiment
     env_id: str = "Maze2D-umaze-v0"
     """where the policy is evaluated: a maze, a robot, or your own, "my_module:MyEnv-v0", with your own data"""
     algo: Literal["sra", "forward", "romi", "uds", "bc"] = "sra"
@@ -172,9 +171,7 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
             about, n = json.loads(str(file.get("metadata", "{}"))), len(file["rewards"]) or 1
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
-        raise SystemExit(
-            f"{SCRIPT}.py: {path} is no .npz as demos/README.md shows, with converters: {error!r}"
-        ) from None
+        raise SystemExit(f"{SCRIPT}.py: {path} is no .npz as in demos/README.md (has converters): {error!r}") from None
     if actions:
         data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
     largest = np.abs(data["actions"]).max() if actions else 1

@@ -199,7 +199,7 @@ def test_a_file_of_another_format_is_named(kind, tmp_path):
     elif kind != "missing":
         path.write_bytes(b"\x80\x04N." if kind == "pickle" else b"")
     with pytest.raises(
-        SystemExit, match=r"^hyper\.py: .*demos\.npz is no \.npz as demos/README\.md shows, with converters: "
+        SystemExit, match=r"^hyper\.py: .*demos\.npz is no \.npz as in demos/README\.md \(has converters\): "
     ):
         hyper.load_demos(str(path), hyper.make_env(POINT), 5, 1, "cpu")
 

@@ -16,8 +16,8 @@ import tyro
 
 from tests.conftest import ROOT
 
-LINES = dict(sac=400, hyper=740, hype=593, sac_eo=567, bco_baseline=452, mbarl=800, mbarl_offline=546, sra_offline=860)
-LINES |= dict(offline_baselines=704, hyper_paper=700, evaluate=110)
+LINES = dict(sac=400, hyper=740, hype=592, sac_eo=566, bco_baseline=450, mbarl=800, mbarl_offline=545, sra_offline=859)
+LINES |= dict(offline_baselines=700, hyper_paper=700, evaluate=110)
 FLAGS = 50
 PATHS = [ROOT / f"{name}.py" for name in LINES if (ROOT / f"{name}.py").exists()]
 SCRIPTS = [path for path in PATHS if path.stem != "evaluate"]
