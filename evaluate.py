@@ -71,7 +71,7 @@ def main(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
             row |= dict(rewards=reward, next_observations=obs, terminations=terminated, truncations=truncated)
             steps.append(row)
-            success = np.fmax(success, info.get("success", info.get("is_success", np.nan)))
+            success = np.fmax(success, np.asarray(info.get("success", info.get("is_success")), float).max())
             done = terminated or truncated
         returns.append(float(info["episode"]["r"]))
         lengths.append(len(steps))

@@ -272,7 +272,7 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
         done, success = False, math.nan
         while not done:
             obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
-            success = np.fmax(success, np.float64(info.get("success", info.get("is_success"))))
+            success = np.fmax(success, np.asarray(info.get("success", info.get("is_success")), float).max())
             done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T

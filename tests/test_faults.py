@@ -60,7 +60,13 @@ class Late(pointmass.PointMass):
     def step(self, action):
         obs, reward, *_ = super().step(action)
         self.steps += 1
-        return obs, reward, self.steps == 5, False, {"is_success": True} if self.steps == 5 and self.lucky else {}
+        return (
+            obs,
+            reward,
+            self.steps == 5,
+            False,
+            {"is_success": np.array([True])} if self.steps == 5 and self.lucky else {},
+        )
 
     def reset(self, seed=None, options=None):
         self.steps, self.lucky = 0, seed % 2 == 0
