@@ -18,6 +18,7 @@ import hype
 import hyper
 import sac
 import sac_eo
+import sra_offline
 from tests import pointmass
 from tests.conftest import POINT, ROOT, run
 from tests.test_scripts import COMMANDS
@@ -294,6 +295,27 @@ def test_tracking_without_wandb_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(ImportError):
         sac.open_run(sac.Args(track=True, run_dir=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_of_a_compiled_update_have_one_shape(demos, tmp_path, monkeypatch):
+    shapes, update = set(), sra_offline.iql_update
+
+    def recorded(agent, batch, other, *rest):
+        shapes.add((batch.obs.shape, other.obs.shape))
+        return update(agent, batch, other, *rest)
+
+    monkeypatch.setitem(sra_offline.UPDATES, "iql", recorded)
+    args = dict(env_id=POINT, demos=demos, offline_data=(demos,), hidden_sizes=(8, 8), model_hidden_sizes=(8, 8))
+    args |= dict(model_batches=5, total_timesteps=40, rollout_every=10, num_imagined=400, batch_size=13)
+    sra_offline.train(sra_offline.Args(**args, eval_every=40, eval_episodes=1, run_dir=str(tmp_path / "run")))
+    assert shapes == {((13, 4), (13, 4))}
+
+
+def test_episodes_that_end_in_success_are_recorded(tmp_path):
+    policy = dict(actor=sac.Actor(4, 2, (8,)).state_dict(), sizes=(4, 2, (8,)), script="sac", env_id=f"{HERE}:Late-v0")
+    torch.save(policy, tmp_path / "policy.pt")
+    evaluate.main(evaluate.Args(tmp_path, episodes=4, record=tmp_path / "record.npz"))
+    assert np.load(tmp_path / "record.npz")["terminations"].tolist() == 4 * [0, 0, 0, 0, 1]
 
 
 def test_recording_starts_where_training_never_does():
