@@ -44,8 +44,7 @@ DEMODICE_ALPHA = 0.1
 
 @dataclass
 class Args:
-    env_id: str = "Maze2D-umaze-v0"
-    """where the policy is evaluated: a maze, a robot, or your own, "my_module:MyEnv-v0", with your own data"""
+    env_id: str = "Maze2D-umaze-v0"  # a maze, a robot, or your own, "my_module:MyEnv-v0", with your own data
     algo: Literal["dwbc", "otil", "demodice"] = "dwbc"
     seed: int = 1
     total_timesteps: int = 12_000  # gradient steps of the policy
@@ -61,8 +60,7 @@ class Args:
     # Data
     demos: str | None = None  # .npz file of expert trajectories (D_E); default demos/<env_id>.npz, of a maze generated
     num_demos: int = 5
-    offline_data: tuple[str, ...] | None = None
-    """.npz files of any quality (D_S); default data/<env_id>-medium.npz, of a maze generated"""
+    offline_data: tuple[str, ...] | None = None  # files of any quality (D_S); default data/<env_id>-medium.npz, or made
     offline_steps: int = 100_000  # transitions of a maze's generated D_S
     data_seed: int = 0  # of a maze's generated data, and of the choice of D_E among the expert's trajectories
 
@@ -631,8 +629,7 @@ def train(args: Args) -> list[dict]:
     update_dwbc, update_discriminator, update_otil, update_demodice = (
         map(compiled, updates) if args.compile else updates
     )
-    # Without a cache of cast weights, which change within an update
-    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16, cache_enabled=False)
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.bf16, cache_enabled=False)  # weights change
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
 
     if not state:

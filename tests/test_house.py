@@ -16,7 +16,7 @@ import tyro
 
 from tests.conftest import ROOT
 
-LINES = dict(sac=400, hyper=740, hype=592, sac_eo=566, bco_baseline=450, mbarl=800, mbarl_offline=545, sra_offline=859)
+LINES = dict(sac=400, hyper=740, hype=592, sac_eo=566, bco_baseline=450, mbarl=800, mbarl_offline=545, sra_offline=850)
 LINES |= dict(offline_baselines=700, hyper_paper=700, evaluate=110)
 FLAGS = 50
 PATHS = [ROOT / f"{name}.py" for name in LINES if (ROOT / f"{name}.py").exists()]
