@@ -221,8 +221,13 @@ def test_model_error_of_known_models(step, error):
 def test_an_imagined_rollout_stops_where_it_ends_or_is_not_finite():
     torch.manual_seed(0)
     start = torch.linspace(-2, 2, 41)[:, None]
-    step = lambda obs, actions, noise: torch.where(obs > 1.95, torch.inf, obs + actions)  # noqa: E731
-    ends = lambda next_obs: next_obs[:, 0].abs() > 1  # noqa: E731
+
+    def step(obs, actions, noise):
+        return torch.where(obs > 1.95, torch.inf, obs + actions)
+
+    def ends(next_obs):
+        return next_obs[:, 0].abs() > 1
+
     data = hyper.imagine(SimpleNamespace(sample=step), hyper.Actor(1, 1, (8,)), start, 4, ends, ARGS)
     assert 41 < len(data.obs) < 4 * 41 and (data.rewards == 0).all()
     torch.testing.assert_close(data.next_obs, data.obs + data.actions)

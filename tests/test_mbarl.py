@@ -219,7 +219,10 @@ def test_what_everything_learns_from(args, tmp_path, monkeypatch):
     judged, fits, dreams = (
         watch(monkeypatch, mbarl, name) for name in ("classifier_update", "fit_dynamics", "imagine_goals")
     )
-    by_classifier = lambda agent, batch, *_: 10 * judged[-1][0][0].reward(batch.next_obs)  # noqa: E731
+
+    def by_classifier(agent, batch, *_):
+        return 10 * judged[-1][0][0].reward(batch.next_obs)
+
     updates = watch(monkeypatch, mbarl, "sac_update", by_classifier)
     _, players = trained(args, tmp_path, real_ratio=0.25)
     world, learned, players = mbarl.make_env(args.env_id).unwrapped, args.reward == "learned", [*players.values()]

@@ -181,7 +181,10 @@ def test_a_fit_learns_a_linear_system():
 @pytest.mark.parametrize("n,most,batches", [(5_000, 999, 250), (5_000, 40, 40), (4_199, 999, 200), (90, 5, 5)])
 def test_a_fit_has_so_many_minibatches(n, most, batches):
     (models, args), drawn, row = models_and_args(model_batches=most), [], torch.arange(float(n))
-    update = lambda models, batch, args: drawn.append(batch.rewards.clone())  # noqa: E731
+
+    def update(models, batch, args):
+        drawn.append(batch.rewards.clone())
+
     sac_eo.fit_models(models, update, transitions(n)._replace(rewards=row), args)
     assert len(drawn) == batches and drawn[0].shape == (2, min(n, 200))
     if batches == 250:  # a pass has each row once, in an order of each model's own
