@@ -334,19 +334,16 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard."""
-    with open(run_dir / "progress.tmp", "w", newline="") as file:
+    with open(run_dir / "progress.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
         table.writerows(rows)
-    os.replace(run_dir / "progress.tmp", run_dir / "progress.csv")
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["env_steps"])
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
-    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
-        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -432,11 +429,11 @@ def train(args: Args) -> list[dict]:
         if learning_step >= 0:
             expert_batch = sample(expert, 2, args.expert_batch_size // 2)
             metrics |= update(actor, optimizer, models, expert_batch, torch.randn_like(expert_batch.actions), args)
-            if step % 100 == 0 and not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
-                raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
 
         if terminated or truncated:
             obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
+            if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
+                raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
                 state = dict(actor=actor, optimizer=optimizer, models=models, buffer=buffer, rows=rows, metrics=metrics)

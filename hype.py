@@ -6,7 +6,6 @@ current cost. So the policy only has to compete with the expert. --algo picks on
 
     python hype.py --env-id Ant-v4                         # settings tuned for this robot, see TUNED below
     python hype.py --env-id Hopper-v4 --compile --bf16     # about twice as fast on a CPU with bfloat16
-    python hype.py --env-id Hopper-v4 --algo bc            # behaviour cloning: no environment steps, a minute
     python hype.py --env-id Hopper-v4 --run-dir runs/a     # the same command again continues an interrupted run
 
 Expected with ten demonstrations: Hopper-v4 at the expert's return after 35,000 real steps (7 minutes on one core),
@@ -42,9 +41,9 @@ SCRIPT = "hype"
 @dataclass
 class Args:
     env_id: str = "Ant-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
-    algo: Literal["hype", "mm", "filter", "hype-filter", "bc-reg", "gail", "bc"] = "hype"  # see ALGOS below
+    algo: Literal["hype", "mm", "filter", "hype-filter", "bc-reg", "gail"] = "hype"  # see ALGOS below
     seed: int = 1
-    total_timesteps: int = 75_000  # of --algo bc, gradient steps
+    total_timesteps: int = 75_000
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
@@ -92,7 +91,6 @@ ALGOS = {
     "hype-filter": dict(reset_prob=0.5),
     "bc-reg": dict(expert_ratio=0.0, bc_coef=1.0),  # moment matching, regularised by behaviour cloning
     "gail": dict(expert_ratio=0.0, cost_loss="logistic", gp_target=1.0),  # off-policy GAIL (arXiv 1809.02925)
-    "bc": dict(total_timesteps=20_000, eval_episodes=20),  # behaviour cloning alone
 }
 TUNED = {"Hopper": dict(total_timesteps=45_000), "Walker2d": dict(total_timesteps=150_000)}
 
@@ -437,19 +435,16 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard."""
-    with open(run_dir / "progress.tmp", "w", newline="") as file:
+    with open(run_dir / "progress.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
         table.writerows(rows)
-    os.replace(run_dir / "progress.tmp", run_dir / "progress.csv")
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["env_steps"])
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
-    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
-        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -510,9 +505,6 @@ def train(args: Args) -> list[dict]:
     obs, info = env.reset(seed=hash((args.seed, start_step)) % 2**31)
     if not np.array_equal(obs, state.get("obs", obs)):
         print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
-    if args.algo == "bc":
-        agent.actor.normalise.fit(expert.obs)
-        agent.ema_actor.normalise.fit(expert.obs)
 
     bar = tqdm(range(start_step, args.total_timesteps + 1), initial=start_step, total=args.total_timesteps)
     for step in bar:
@@ -520,7 +512,6 @@ def train(args: Args) -> list[dict]:
             row = dict(env_steps=step, wall_time_s=round(time.time() - start_time, 1))
             row |= evaluate(agent.ema_actor, eval_env, args.eval_episodes, seed=args.seed * 1_000_000 + step)
             row |= dict(expert_return=expert_return) | {name: float(value) for name, value in metrics.items()}
-            row |= dict(env_steps=0, updates=step) if args.algo == "bc" else {}
             rows.append(row)
             log_row(run_dir, rows, writer)
             policy = dict(actor=agent.ema_actor.state_dict(), sizes=(obs_dim, act_dim, args.hidden_sizes))
@@ -529,15 +520,6 @@ def train(args: Args) -> list[dict]:
             bar.set_postfix_str(f"return {row['eval_return_mean']:.0f} of {expert_return:.0f}, first at 90%: {at_90}")
         if step == args.total_timesteps:
             break
-
-        # Behaviour cloning alone: a minute, without the environment and without checkpoints
-        if args.algo == "bc":
-            batch = sample(expert, args.batch_size)
-            loss = F.mse_loss(agent.actor(batch.obs)[0].tanh(), batch.actions)
-            agent.actor_optimizer.step(torch.autograd.grad(loss, agent.actor_optimizer.params))
-            polyak(agent.ema_actor, agent.actor, 1 / min(args.ema_steps, 1 + (step + 1) / 4))
-            metrics["losses/actor"] = loss.detach()
-            continue
 
         # Act: at random at first, then as the policy does
         action = agent.actor.act(obs) if step >= args.learning_starts else torch.rand(act_dim).mul(2).sub(1).numpy()
@@ -572,11 +554,11 @@ def train(args: Args) -> list[dict]:
             if step % 100 == 0:
                 means = [cost.reward(data.obs[-1_000:], data.actions[-1_000:]).mean() for data in (expert, learner)]
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
-                if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
-                    raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
 
         if terminated or truncated:
             obs, info = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
+            if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
+                raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
                 state = dict(agent=agent, cost=cost, buffer=buffer, own_buffer=own_buffer, rows=rows, metrics=metrics)

@@ -606,19 +606,16 @@ def evaluate_goals(actor: Actor, world: gym.Env, episodes: int, horizon: int, se
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard."""
-    with open(run_dir / "progress.tmp", "w", newline="") as file:
+    with open(run_dir / "progress.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
         table.writerows(rows)
-    os.replace(run_dir / "progress.tmp", run_dir / "progress.csv")
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["env_steps"])
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
-    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
-        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -757,8 +754,6 @@ def train(args: Args) -> list[dict]:
             for batch, batch_noise in zip(map(Batch, *batches), noise, strict=True):
                 losses = update(player.agent, batch, batch_noise, args)
             metrics |= {name if phase == "forward" else f"{name}_backward": loss for name, loss in losses.items()}
-            if step % 100 == 0 and not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
-                raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
 
         # Switch: the other policy goes on from here. MEDAL's backward policy already carries the next forward goal
         if switch:
@@ -777,7 +772,10 @@ def train(args: Args) -> list[dict]:
                     world.goal = world.goals[torch.randint(len(world.goals), ())]
         obs = world.observation()
 
-        if (step + 1) % args.checkpoint_every == 0:
+        save = (step + 1) % args.checkpoint_every == 0
+        if (save or step % 100 == 0) and not all(math.isfinite(v) for name, v in metrics.items() if "losses" in name):
+            raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
+        if save:
             state = dict(players=players, classifier=classifier, dynamics=dynamics, rows=rows)
             state |= dict(world=world.get_state(), phase=phase, phase_steps=phase_steps, interventions=interventions)
             save_checkpoint(run_dir, state | dict(metrics=metrics, step=step + 1, wall_time=time.time() - start_time))

@@ -564,19 +564,16 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
 
 def log_updates(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard over gradient steps."""
-    with open(run_dir / "progress.tmp", "w", newline="") as file:
+    with open(run_dir / "progress.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
         table.writerows(rows)
-    os.replace(run_dir / "progress.tmp", run_dir / "progress.csv")
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["updates"])
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
-    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
-        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -678,10 +675,11 @@ def train(args: Args) -> list[dict]:
                 starts = first_obs[torch.randint(len(first_obs), (args.batch_size,), device=args.device)]
                 mix = torch.rand(4, args.batch_size, 1, device=args.device)
                 metrics |= update_demodice(agent, batch, other, starts, mix, args)
-        if step % 100 == 0 and not all(map(math.isfinite, metrics.values())):
-            raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
 
-        if (step + 1) % args.checkpoint_every == 0:
+        save = (step + 1) % args.checkpoint_every == 0
+        if (save or step % 100 == 0) and not all(map(math.isfinite, metrics.values())):
+            raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
+        if save:
             state = dict(agent=agent, rows=rows, metrics=metrics, step=step + 1, wall_time=time.time() - start_time)
             save_checkpoint(run_dir, state)
 

@@ -414,13 +414,10 @@ def imitation_weight(agent: Agent, models: TwinModels, expert: Batch, args: Args
 
 
 @torch.no_grad()
-def model_accuracy(models: TwinModels, data: Batch) -> dict[str, Tensor]:
-    """Squared error as a share of the squared change, and the rank correlation of disagreement and the mean's error."""
+def model_error(models: TwinModels, data: Batch) -> Tensor:
+    """Mean squared error as a share of the mean squared change."""
     predicted = models(data.obs, data.actions)
-    error, change = (models.distance(x, data.next_obs).mean() for x in (predicted, data.obs))
-    pair = models.distance(predicted.mean(0), data.next_obs), models.distance(*predicted)
-    ranks = torch.stack([x.argsort().argsort().float() for x in pair])
-    return {"model/error_agent": error / change, "model/rank_correlation_agent": torch.corrcoef(ranks)[0, 1]}
+    return models.distance(predicted, data.next_obs).mean() / models.distance(data.obs, data.next_obs).mean()
 
 
 # ------------------------------------------------------------------------------- evaluation, logging, checkpoints
@@ -443,19 +440,16 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard."""
-    with open(run_dir / "progress.tmp", "w", newline="") as file:
+    with open(run_dir / "progress.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         table.writeheader()
         table.writerows(rows)
-    os.replace(run_dir / "progress.tmp", run_dir / "progress.csv")
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["env_steps"])
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
-    if not all(math.isfinite(value) for name, value in state["metrics"].items() if "losses" in name):
-        return  # the run is about to stop
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
     os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
@@ -530,7 +524,7 @@ def train(args: Args) -> list[dict]:
         learning_step = step - args.learning_starts
         if learning_step >= 0 and learning_step % args.model_every == 0 and args.eps_fixed != 0:
             latest = Batch(*(field[-args.model_buffer_size :] for field in buffer.all()))
-            metrics |= model_accuracy(models, Batch(*(field[-args.model_every :] for field in latest)))
+            metrics["model/error_agent"] = model_error(models, Batch(*(x[-args.model_every :] for x in latest)))
             metrics["losses/model"] = fit_models(models, update_models, latest, args)
             metrics |= imitation_weight(agent, models, expert, args)
 
@@ -545,12 +539,12 @@ def train(args: Args) -> list[dict]:
             batch, expert_batch = sample(buffer.all(), args.batch_size), sample(expert, 2, args.expert_batch_size // 2)
             noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
             metrics |= update(agent, models, batch, expert_batch, noise, torch.randn_like(expert_batch.actions), args)
-            if step % 100 == 0 and not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
-                raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
 
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
             obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
+            if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
+                raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
                 state = dict(agent=agent, models=models, buffer=buffer, rows=rows, metrics=metrics)
