@@ -12,8 +12,7 @@ import hype
 import hyper
 from envs.wrappers import DemoStarts
 from evaluate import simulator_state
-from tests import pointmass
-from tests.conftest import POINT, ROOT
+from tests.conftest import ROOT
 
 HOPPER = str(ROOT / "demos" / "Hopper-v4.npz")
 SMALL = dict(hidden_sizes=(8, 8), cost_hidden_sizes=(8, 8), batch_size=16, cost_batch_size=8, num_demos=4)
@@ -87,7 +86,7 @@ def test_the_reward_is_the_softplus_of_the_learners_mean_cost_minus_the_cost(los
 
 
 def test_the_methods_differ_in_what_their_names_say():
-    for algo in hype.ALGOS.keys() - {"bc"}:
+    for algo in hype.ALGOS:
         args = settings(algo)
         assert (args.expert_ratio > 0) == ("hype" in algo) and (args.reset_prob > 0) == ("filter" in algo)
         assert (args.bc_coef > 0) == (algo == "bc-reg") and (args.cost_loss == "logistic") == (algo == "gail")
@@ -112,27 +111,6 @@ def test_what_a_batch_holds(algo, own, of_expert, cloned, tmp_path, monkeypatch)
     monkeypatch.setattr(hype, "sac_update", watch)
     hype.train(settings(algo, total_timesteps=100, cost_lr=0.01, run_dir=str(tmp_path)))
     assert len(rewards) == 41 and np.std(rewards) > 0.01
-
-
-def test_cloning_takes_no_steps_and_executes_what_was_shown(tmp_path, monkeypatch):
-    """Demonstrations in a fifth of the bounds: what is executed is in the environment's own unit."""
-    pointmass.write_demos(tmp_path / "narrow.npz", episodes=40)
-    data = dict(np.load(tmp_path / "narrow.npz"))
-    data["actions"] = data["actions"].clip(-0.4, 0.4)
-    np.savez(tmp_path / "narrow.npz", **data, metadata='{"checked": "yes"}')
-    executed, step = [], pointmass.PointMass.step
-    monkeypatch.setattr(pointmass.PointMass, "step", lambda self, a: [executed.append(a), step(self, a)][1])
-    others = dict(env_id=POINT, demos=str(tmp_path / "narrow.npz"), num_demos=40, hidden_sizes=(32, 32), batch_size=64)
-    others |= dict(actor_lr=3e-3, eval_episodes=1, total_timesteps=1_000, eval_every=1_000)
-    rows = hype.train(settings("bc", **others, run_dir=str(tmp_path / "run")))
-    assert len(executed) == sum(row["eval_length_mean"] for row in rows)  # an episode at the start, one at the end
-    assert [(row["env_steps"], row["updates"]) for row in rows] == [(0, 0), (0, 1_000)]
-    policy = torch.load(tmp_path / "run/policy.pt")
-    actor = hype.Actor(*policy["sizes"])
-    actor.load_state_dict(policy["actor"])
-    asked = data["actions"][:200:5]
-    done = 2 * np.array([actor.act(obs, deterministic=True) for obs in data["observations"][:200:5]])
-    assert (done * asked).sum() / (asked**2).sum() == pytest.approx(1, abs=0.15)
 
 
 def hopper(num_demos: int, prob: float) -> DemoStarts:

@@ -32,6 +32,7 @@ COMMANDS = {
     "hyper": f"{IMITATE} {MODEL} {COST} --model-first-batches 20 --model-batches 5 --updates-per-step 2 "
     "--rollouts-per-step 4",
     "hype": f"{IMITATE} {COST} --cost-batch-size 16",
+    "bc": f"{RUN} --env-id Hopper-v4 --batch-size 16 --num-demos 4",
     "sac_eo": f"{HOPPER} {STATES} --batch-size 16",
     "bco_baseline": f"{HOPPER} {STATES}",
     "mbarl": f"{RUN} {MODEL} --batch-size 16 --checkpoint-every 40 --model-first-batches 20 --model-batches 5 "
@@ -49,8 +50,9 @@ FILES = {  # what a script needs beside it
     "offline_baselines": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
     "hyper_paper": ("envs/wrappers.py", "demos/Hopper-v4.npz"),
 }
-STEP = {"sra_offline": "updates", "offline_baselines": "updates", "hyper_paper": "charts/train_steps"}
+STEP = {"bc": "updates", "sra_offline": "updates", "offline_baselines": "updates", "hyper_paper": "charts/train_steps"}
 PLANNED = ("sra_offline", "offline_baselines")  # learning rates are planned for the length of the run
+BEGIN_AGAIN = ("bc",)  # without checkpoints
 OWN_EVALUATION = ("mbarl", "hyper_paper")  # of given goals, with a trembling hand
 COLUMNS = "env_steps wall_time_s eval_return_mean eval_return_std eval_length_mean eval_success_rate".split()
 
@@ -69,6 +71,7 @@ LEARNS = {
         *(10, 29),
     ),
     "hype": (f"{LEARN} {CLONE} {SMALL_COST} --cost-batch-size 64 --total-timesteps 900", 10, 29),
+    "bc": (f"{CLONE} --hidden-sizes 32 32 --actor-lr 3e-3 --total-timesteps 1000", 10, 29),
     "sac_eo": (
         f"{LEARN} {CLONE} {SMALL} --model-every 200 --model-batches 100 --expert-batch-size 32 --total-timesteps 1000",
         *(10, 29),
@@ -142,7 +145,8 @@ def test_a_run_writes_all_that_it_should(alone):
     assert steps(alone) == list(range(0, 301, 60))
     assert all(value not in ("", "nan", "inf") for name, value in alone.rows[-1].items() if name.startswith("losses/"))
     files = {path.name for path in alone.run_dir.iterdir()}
-    assert {"args.json", "progress.csv", "policy.pt", "checkpoint.pt"} <= files
+    assert {"args.json", "progress.csv", "policy.pt"} <= files
+    assert ("checkpoint.pt" in files) == (alone.script not in BEGIN_AGAIN)
     assert any(name.startswith("events.out.tfevents") for name in files) and not any(".tmp" in name for name in files)
 
 
@@ -179,8 +183,9 @@ def test_another_setting_is_refused_by_its_two_values(alone):
 
 
 def test_a_killed_run_goes_on_exactly(alone):
-    """kill -9 at a random moment after the first checkpoint. KILLS=10 kills ten times."""
-    killed, checkpoint = 0, alone.folder / "killed" / "checkpoint.pt"
+    """kill -9 at a random moment after the first checkpoint, or row. KILLS=10 kills ten times."""
+    killed, saved = 0, "progress.csv" if alone.script in BEGIN_AGAIN else "checkpoint.pt"
+    checkpoint = alone.folder / "killed" / saved
     while killed < KILLS:
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         process = start(alone.script, f"{alone.words} --run-dir killed", alone.folder)
