@@ -5,7 +5,7 @@ player minimises it with SAC. HyPE's batches are hybrid: half expert, half learn
 current cost. So the policy only has to compete with the expert. --algo picks one of the family, see ALGOS below.
 
     python hype.py --env-id Ant-v4                         # settings tuned for this robot, see TUNED below
-    python hype.py --env-id Hopper-v4 --compile --bf16     # about twice as fast on a CPU with bfloat16
+    python hype.py --env-id Hopper-v4 --bf16               # about twice as fast on a CPU with bfloat16
     python hype.py --env-id Hopper-v4 --run-dir runs/a     # the same command again continues an interrupted run
 
 Expected with ten demonstrations: Hopper-v4 at the expert's return after 35,000 real steps (7 minutes on one core),
@@ -21,6 +21,7 @@ import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -44,8 +46,8 @@ class Args:
     algo: Literal["hype", "mm", "filter", "hype-filter", "bc-reg", "gail"] = "hype"  # see ALGOS below
     seed: int = 1
     total_timesteps: int = 75_000
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -339,14 +341,14 @@ class Cost(nn.Module):
     def reward(self, obs: Tensor, actions: Tensor) -> Tensor:
         """softplus(-f) [...], what the policy maximises, at obs [..., obs_dim] and actions [..., act_dim]."""
         inputs = self.normalise(torch.cat([obs, actions], -1))
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             return F.softplus(-self(inputs.flatten(0, -2))).clamp(max=10).view(inputs.shape[:-1])
 
 
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Soft Bellman error of both critics, and the mean Q value."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
             next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_log_prob
@@ -357,7 +359,7 @@ def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[
 
 def actor_loss(agent: Agent, batch: Batch, expert: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """alpha log pi(a|s) - Q(s, a), plus behaviour cloning of the expert's actions, and the policy's entropy."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         actions, log_prob = agent.actor.sample(batch.obs, noise)
         q = agent.critic(batch.obs, actions).amin(0)
         loss = (agent.log_alpha.exp().detach() * log_prob - q).mean()
@@ -401,6 +403,14 @@ def sac_update(agent: Agent, batch: Batch, expert: Batch, noise: Tensor, args: A
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
+def sac_updates(update, agent: Agent, cost: Cost, batches: Batch, experts: Batch, noise: Tensor, args: Args) -> dict:
+    """Gradient steps on batches [updates, batch, ...], which get the current cost's rewards."""
+    batches = batches._replace(rewards=cost.reward(batches.obs, batches.actions))
+    for inputs in zip(map(Batch, *batches), map(Batch, *experts), noise, strict=True):
+        metrics = update(agent, *inputs, args)
+    return metrics
+
+
 def cost_update(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Args) -> Tensor:
     loss, learner_mean = cost_loss(cost, expert, learner, mix, args)
     cost.optimizer.step(torch.autograd.grad(loss, cost.optimizer.params))
@@ -410,9 +420,59 @@ def cost_update(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Ar
     return loss.detach()
 
 
-def compiled(function):
-    torch._dynamo.config.trace_autograd_ops = True  # losses, gradients and optimiser steps in one graph
-    return torch.compile(function, dynamic=False)
+# ------------------------------------------------------------------------------------------- compiler and GPU
+def pick_device(args: Args) -> Args:
+    """The settings with a choice in place of each "auto", which is printed."""
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    choice = args.compile.replace("auto", "on" if args.total_timesteps >= 10_000 else "off")  # it takes a minute
+    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
+    try:
+        if choice == "on":
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:
+        choice = "off"
+        print(f"{SCRIPT}.py: --compile off, because torch.compile fails: {error!r:.200}")
+    return replace(args, device=device, compile=choice)
+
+
+class CudaGraph:
+    """function(*inputs) in one launch. Tensors are copied in; the next call overwrites what this one returned."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, *inputs):
+        leaves = tree_leaves(inputs)
+        key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
+        if key not in self.recorded:
+            self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
+        graph, places, outputs = self.recorded[key]
+        torch._foreach_copy_(places, [x for x in leaves if isinstance(x, Tensor)])
+        graph.replay()
+        return outputs
+
+    def record(self, inputs: tuple):
+        """First calls the function on copies, so that all is compiled and nothing changed."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                self.function(*copy.deepcopy(inputs))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.function(*inputs)
+        return graph, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)], outputs
+
+
+def compiled(function, args: Args, loop=None):
+    """An update whose losses, gradients and optimiser steps are one graph, or loop(update, *inputs)."""
+    if args.compile == "on":
+        torch._dynamo.config.trace_autograd_ops = True
+        if args.device == "cuda":
+            torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
+        function = torch.compile(function, dynamic=False)
+    function = partial(loop, function) if loop else function
+    return CudaGraph(function) if args.compile == "on" and args.device == "cuda" else function
 
 
 # ------------------------------------------------------------------------------------- evaluation and logging
@@ -462,11 +522,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
+        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
             raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
@@ -479,6 +540,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
 # -------------------------------------------------------------------------------------------------- training
 def train(args: Args) -> list[dict]:
     """HyPE and its family. Returns the rows of progress.csv."""
+    args = pick_device(args)
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # numbers next to 0 would be slow
     torch.manual_seed(args.seed)
@@ -499,8 +561,7 @@ def train(args: Args) -> list[dict]:
     own_buffer = state.get("own_buffer") or ReplayBuffer(1_000_000, obs_dim, act_dim, args.device)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
-    updates = sac_update, cost_update
-    update, update_cost = map(compiled, updates) if args.compile else updates
+    updates, update_cost = compiled(sac_update, args, loop=sac_updates), compiled(cost_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
     obs, info = env.reset(seed=hash((args.seed, start_step)) % 2**31)
     if not np.array_equal(obs, state.get("obs", obs)):
@@ -539,11 +600,9 @@ def train(args: Args) -> list[dict]:
         if learning_step >= 0:
             n, n_expert = args.updates_per_step, round(args.expert_ratio * args.batch_size)
             batches = concat(sample(learner, n, args.batch_size - n_expert), sample(expert, n, n_expert), dim=1)
-            batches = batches._replace(rewards=cost.reward(batches.obs, batches.actions))  # [updates, batch, ...]
             cloned = sample(expert, n, args.batch_size if args.bc_coef else 0)
             noise = torch.randn(n, 2, args.batch_size, act_dim, device=args.device)
-            for inputs in zip(map(Batch, *batches), map(Batch, *cloned), noise, strict=True):
-                metrics |= update(agent, *inputs, args)
+            metrics |= updates(agent, cost, batches, cloned, noise, args)
             polyak(agent.ema_actor, agent.actor, 1 / min(args.ema_steps, 1 + learning_step / 4))
 
         # Cost: one step that raises it on the learner's transitions and lowers it on the expert's

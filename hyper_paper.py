@@ -20,6 +20,7 @@ import re
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -44,8 +46,8 @@ class Args:
     env_id: str = "Ant-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     seed: int = 1
     total_timesteps: int = 151_000  # the steps of the cost's rollouts come on top; env_steps counts both
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     track: bool = False  # to Weights & Biases
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 1_000  # training steps; a checkpoint (up to 3 GB) is written at the end of an episode
@@ -446,9 +448,59 @@ def cost_round(cost: CostEnsemble, expert: Batch, learner: Batch, mix: Tensor, l
     return loss.detach()
 
 
-def compiled(function):
-    torch._dynamo.config.trace_autograd_ops = True  # losses, gradients and optimiser steps in one graph
-    return torch.compile(function, dynamic=False)
+# ------------------------------------------------------------------------------------------- compiler and GPU
+def pick_device(args: Args) -> Args:
+    """The settings with a choice in place of each "auto", which is printed."""
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    choice = args.compile.replace("auto", "on" if args.total_timesteps >= 10_000 else "off")  # it takes a minute
+    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
+    try:
+        if choice == "on":
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:
+        choice = "off"
+        print(f"{SCRIPT}.py: --compile off, because torch.compile fails: {error!r:.200}")
+    return replace(args, device=device, compile=choice)
+
+
+class CudaGraph:
+    """function(*inputs) in one launch. Tensors are copied in; the next call overwrites what this one returned."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, *inputs):
+        leaves = tree_leaves(inputs)
+        key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
+        if key not in self.recorded:
+            self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
+        graph, places, outputs = self.recorded[key]
+        torch._foreach_copy_(places, [x for x in leaves if isinstance(x, Tensor)])
+        graph.replay()
+        return outputs
+
+    def record(self, inputs: tuple):
+        """First calls the function on copies, so that all is compiled and nothing changed."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                self.function(*copy.deepcopy(inputs))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.function(*inputs)
+        return graph, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)], outputs
+
+
+def compiled(function, args: Args, loop=None):
+    """An update whose losses, gradients and optimiser steps are one graph, or loop(update, *inputs)."""
+    if args.compile == "on":
+        torch._dynamo.config.trace_autograd_ops = True
+        if args.device == "cuda":
+            torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
+        function = torch.compile(function, dynamic=False)
+    function = partial(loop, function) if loop else function
+    return CudaGraph(function) if args.compile == "on" and args.device == "cuda" else function
 
 
 # ----------------------------------------------------------------------------------------- model and rollouts
@@ -560,11 +612,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
+        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
             raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
@@ -577,6 +630,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
 # -------------------------------------------------------------------------------------------------- training
 def train(args: Args) -> list[dict]:
     """HyPER. Returns the rows of progress.csv."""
+    args = pick_device(args)
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # weight decay drives unused weights towards 0, where arithmetic is slow
     torch.manual_seed(args.seed)
@@ -602,8 +656,7 @@ def train(args: Args) -> list[dict]:
     if not hybrid.size:
         for transition in zip(*expert, strict=True):
             hybrid.add(*transition)
-    functions = sac_update, likelihood_update
-    update, update_model = map(compiled, functions) if args.compile else functions
+    update, update_model = compiled(sac_update, args), compiled(likelihood_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=env_steps)
     obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
     if not np.array_equal(obs, state.get("obs", obs)):

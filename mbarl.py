@@ -9,8 +9,8 @@ with: medal (nothing imagined), fbrl (backward to the start), naive (no backward
     python mbarl.py --env-id PointMass2D-v0 --algo medal      # one of the other arms
     python mbarl.py --env-id Tabletop-v0 --run-dir runs/a     # the same command again continues an interrupted run
 
-Expected: Tabletop-v0 at all four goals after 35,000 to 60,000 steps (10 to 17 minutes on one core with --compile
---bf16), PointMass2D-v0 after about 1,000 (a minute). Worlds of your own, results, departures: docs/mbarl.md
+Expected: Tabletop-v0 at all four goals after 35,000 to 60,000 steps (10 to 17 minutes on one core with --bf16),
+PointMass2D-v0 after about 1,000 (a minute). Worlds of your own, results, departures: docs/mbarl.md
 """
 
 import copy
@@ -23,6 +23,7 @@ import subprocess
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +35,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -51,8 +53,8 @@ class Args:
     algo: Literal["mbarl", "medal", "fbrl", "naive", "oracle"] = "mbarl"
     seed: int = 1
     total_timesteps: int = 90_000
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -432,7 +434,7 @@ class ScaledDynamics(EnsembleDynamics):
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Soft Bellman error of both critics (eqs. 5 and 6), and the mean Q value."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
             next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_log_prob
@@ -443,7 +445,7 @@ def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[
 
 def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """alpha log pi(a|s) - Q(s, a) (eq. 9), and the policy's entropy."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         actions, log_prob = agent.actor.sample(batch.obs, noise)
         q = agent.critic(batch.obs, actions).amin(0)
     return (agent.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
@@ -453,7 +455,7 @@ def weighted_dynamics_loss(dynamics: ScaledDynamics, inputs: Tensor, targets: Te
     """Gaussian negative log-likelihood, summed over members, with terms weighted by variance^model_beta (beta-NLL,
     arXiv 2203.09168). With 0, a rare change (a grasp) is soon explained as noise, which then divides its gradient;
     with 1 the means learn by squared error."""
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         mean, log_var = dynamics(inputs)
     loss = (mean - targets).square() * (-log_var).exp() + log_var
     return (loss * (args.model_beta * log_var.detach()).exp()).mean((1, 2)).sum()
@@ -490,6 +492,13 @@ def sac_update(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> dict[st
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
+def sac_updates(update, agent: Agent, batches: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
+    """Gradient steps on batches [updates, batch, ...] with noise [updates, 2, batch, act_dim]."""
+    for batch, batch_noise in zip(map(Batch, *batches), noise, strict=True):
+        metrics = update(agent, batch, batch_noise, args)
+    return metrics
+
+
 def weighted_dynamics_update(dynamics: ScaledDynamics, inputs: Tensor, targets: Tensor, args: Args) -> None:
     loss = weighted_dynamics_loss(dynamics, inputs, targets, args)
     dynamics.optimizer.step(torch.autograd.grad(loss, dynamics.optimizer.params))
@@ -504,9 +513,59 @@ def classifier_update(classifier: Classifier, demos: Tensor, visited: Tensor, mi
     return {"losses/classifier": loss.detach(), "reward/classifier_accuracy": right.float().mean()}
 
 
-def compiled(function):
-    torch._dynamo.config.trace_autograd_ops = True  # losses, gradients and optimiser steps in one graph
-    return torch.compile(function, dynamic=False)
+# ------------------------------------------------------------------------------------------- compiler and GPU
+def pick_device(args: Args) -> Args:
+    """The settings with a choice in place of each "auto", which is printed."""
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    choice = args.compile.replace("auto", "on" if args.total_timesteps >= 10_000 else "off")  # it takes a minute
+    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
+    try:
+        if choice == "on":
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:
+        choice = "off"
+        print(f"{SCRIPT}.py: --compile off, because torch.compile fails: {error!r:.200}")
+    return replace(args, device=device, compile=choice)
+
+
+class CudaGraph:
+    """function(*inputs) in one launch. Tensors are copied in; the next call overwrites what this one returned."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, *inputs):
+        leaves = tree_leaves(inputs)
+        key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
+        if key not in self.recorded:
+            self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
+        graph, places, outputs = self.recorded[key]
+        torch._foreach_copy_(places, [x for x in leaves if isinstance(x, Tensor)])
+        graph.replay()
+        return outputs
+
+    def record(self, inputs: tuple):
+        """First calls the function on copies, so that all is compiled and nothing changed."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                self.function(*copy.deepcopy(inputs))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.function(*inputs)
+        return graph, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)], outputs
+
+
+def compiled(function, args: Args, loop=None):
+    """An update whose losses, gradients and optimiser steps are one graph, or loop(update, *inputs)."""
+    if args.compile == "on":
+        torch._dynamo.config.trace_autograd_ops = True
+        if args.device == "cuda":
+            torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
+        function = torch.compile(function, dynamic=False)
+    function = partial(loop, function) if loop else function
+    return CudaGraph(function) if args.compile == "on" and args.device == "cuda" else function
 
 
 # ----------------------------------------------------------------------------------------------------- model
@@ -633,11 +692,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
+        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
             raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
@@ -650,6 +710,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
 # -------------------------------------------------------------------------------------------------- training
 def train(args: Args) -> list[dict]:
     """MBARL and the arms to compare it with. Returns the rows of progress.csv."""
+    args = pick_device(args)
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # weight decay drives unused weights towards 0, where arithmetic is slow
     torch.manual_seed(args.seed)
@@ -678,8 +739,8 @@ def train(args: Args) -> list[dict]:
     phase, phase_steps = state.get("phase", "forward"), state.get("phase_steps", 0)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     interventions, start_time = state.get("interventions", 0), time.time() - state.get("wall_time", 0)
-    updates = sac_update, weighted_dynamics_update, classifier_update
-    update, update_dynamics, update_classifier = map(compiled, updates) if args.compile else updates
+    updates = compiled(sac_update, args, loop=sac_updates)
+    update_dynamics, update_classifier = compiled(weighted_dynamics_update, args), compiled(classifier_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
     if state:
         world.set_state(state["world"])
@@ -751,8 +812,7 @@ def train(args: Args) -> list[dict]:
             rewards = classifier.reward(batches.next_obs) if matches and phase == "backward" else batches.rewards
             batches = batches._replace(rewards=args.reward_scale * rewards)  # [updates, batch, ...]
             noise = torch.randn(n, 2, args.batch_size, act_dim, device=args.device)
-            for batch, batch_noise in zip(map(Batch, *batches), noise, strict=True):
-                losses = update(player.agent, batch, batch_noise, args)
+            losses = updates(player.agent, batches, noise, args)
             metrics |= {name if phase == "forward" else f"{name}_backward": loss for name, loss in losses.items()}
 
         # Switch: the other policy goes on from here. MEDAL's backward policy already carries the next forward goal

@@ -1,7 +1,7 @@
 """Soft Actor-Critic (Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905).
 
     python sac.py --env-id Hopper-v4                     # train; writes runs/<env>__sac__<seed>__<time>/
-    python sac.py --env-id Hopper-v4 --compile --bf16    # about twice as fast on a CPU with bfloat16
+    python sac.py --env-id Hopper-v4 --bf16              # faster on a CPU with bfloat16, see lscpu
     python sac.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
 Expected: Hopper-v4 about 3,000 after 180,000 steps (25 minutes on one core). Docs, metrics, results: docs/sac.md
@@ -15,7 +15,8 @@ import os
 import random
 import subprocess
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -38,8 +40,8 @@ class Args:
     env_id: str = "Hopper-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     seed: int = 1
     total_timesteps: int = 1_000_000
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -220,7 +222,7 @@ class Agent(nn.Module):
 # --------------------------------------------------------------------------------------- losses and updates
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Soft Bellman error of both critics (eqs. 5 and 6), and the mean Q value."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
             next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_log_prob
@@ -231,7 +233,7 @@ def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[
 
 def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """alpha log pi(a|s) - Q(s, a) (eq. 9), and the policy's entropy."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         actions, log_prob = agent.actor.sample(batch.obs, noise)
         q = agent.critic(batch.obs, actions).amin(0)
     return (agent.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
@@ -258,9 +260,66 @@ def sac_update(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> dict[st
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
-def compiled(function):
-    torch._dynamo.config.trace_autograd_ops = True  # losses, gradients and optimiser steps in one graph
-    return torch.compile(function, dynamic=False)
+def sac_updates(update, agent: Agent, batches: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
+    """Gradient steps on batches [updates, batch, ...] with noise [updates, 2, batch, act_dim]."""
+    for batch, batch_noise in zip(map(Batch, *batches), noise, strict=True):
+        metrics = update(agent, batch, batch_noise, args)
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------- compiler and GPU
+def pick_device(args: Args) -> Args:
+    """The settings with a choice in place of each "auto", which is printed."""
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    choice = args.compile.replace("auto", "on" if args.total_timesteps >= 10_000 else "off")  # it takes a minute
+    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
+    try:
+        if choice == "on":
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:
+        choice = "off"
+        print(f"{SCRIPT}.py: --compile off, because torch.compile fails: {error!r:.200}")
+    return replace(args, device=device, compile=choice)
+
+
+class CudaGraph:
+    """function(*inputs) in one launch. Tensors are copied in; the next call overwrites what this one returned."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, *inputs):
+        leaves = tree_leaves(inputs)
+        key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
+        if key not in self.recorded:
+            self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
+        graph, places, outputs = self.recorded[key]
+        torch._foreach_copy_(places, [x for x in leaves if isinstance(x, Tensor)])
+        graph.replay()
+        return outputs
+
+    def record(self, inputs: tuple):
+        """First calls the function on copies, so that all is compiled and nothing changed."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                self.function(*copy.deepcopy(inputs))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.function(*inputs)
+        return graph, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)], outputs
+
+
+def compiled(function, args: Args, loop=None):
+    """An update whose losses, gradients and optimiser steps are one graph, or loop(update, *inputs)."""
+    if args.compile == "on":
+        torch._dynamo.config.trace_autograd_ops = True
+        if args.device == "cuda":
+            torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
+        function = torch.compile(function, dynamic=False)
+    function = partial(loop, function) if loop else function
+    return CudaGraph(function) if args.compile == "on" and args.device == "cuda" else function
 
 
 # ------------------------------------------------------------------------------- evaluation, logging, checkpoints
@@ -310,11 +369,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
+        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
             raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
@@ -327,6 +387,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
 # -------------------------------------------------------------------------------------------------- training
 def train(args: Args) -> list[dict]:
     """SAC (algorithm 1). Returns the rows of progress.csv."""
+    args = pick_device(args)
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # numbers next to 0 would be slow
     torch.manual_seed(args.seed)
@@ -339,7 +400,7 @@ def train(args: Args) -> list[dict]:
     buffer = state.get("buffer") or ReplayBuffer(args.buffer_size, obs_dim, act_dim, args.device)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
-    update = compiled(sac_update) if args.compile else sac_update
+    updates = compiled(sac_update, args, loop=sac_updates)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
     obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
     if not np.array_equal(obs, state.get("obs", obs)):
@@ -368,8 +429,7 @@ def train(args: Args) -> list[dict]:
         if step >= args.learning_starts:
             batches = sample(buffer.all(), args.updates_per_step, args.batch_size)
             noise = torch.randn(args.updates_per_step, 2, args.batch_size, act_dim, device=args.device)
-            for batch, batch_noise in zip(map(Batch, *batches), noise, strict=True):
-                metrics = update(agent, batch, batch_noise, args)
+            metrics = updates(agent, batches, noise, args)
 
         if terminated or truncated:
             writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)

@@ -5,8 +5,8 @@ SAC on the true reward, with a second term in the actor's loss that needs only a
 dynamics models, the policy's action at an expert state should lead to the expert's next state. The more the two models
 disagree at the expert's states, the smaller the term's weight.
 
-    python sac_eo.py --env-id dm_control/walker-walk-v0 --compile                # 20 minutes on one core
-    python sac_eo.py --env-id dm_control/walker-walk-v0 --compile --eps-fixed 0  # SAC, the baseline
+    python sac_eo.py --env-id dm_control/walker-walk-v0                          # 20 minutes on one core
+    python sac_eo.py --env-id dm_control/walker-walk-v0 --eps-fixed 0            # SAC, the baseline
 
 Expected on walker-walk: 90% of the expert after 45,000 to 60,000 steps (SAC: 60,000 to 70,000). More: docs/sac_eo.md
 """
@@ -20,6 +20,7 @@ import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -42,8 +44,8 @@ class Args:
     env_id: str = "dm_control/walker-walk-v0"  # gymnasium id; "Hopper-v4" or "my_module:MyEnv-v0" work too
     seed: int = 1
     total_timesteps: int = 300_000
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -316,7 +318,7 @@ class TwinModels(nn.Module):
 # -------------------------------------------------------------------------------- losses, updates, models
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Soft Bellman error of both critics (eqs. 5 and 6), and the mean Q value."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
             next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_log_prob
@@ -327,7 +329,7 @@ def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[
 
 def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """alpha log pi(a|s) - Q(s, a) (eq. 9), and the policy's entropy."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         actions, log_prob = agent.actor.sample(batch.obs, noise)
         q = agent.critic(batch.obs, actions).amin(0)
     return (agent.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
@@ -336,7 +338,7 @@ def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[T
 def imitation_loss(actor: Actor, models: TwinModels, expert: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
     """Mean |s' - f(s, a)|^2 over expert (s, s') [2, batch, ...], one half for each model f, with the policy's actions a
     for noise [2, batch, act_dim]; and the policy's entropy there."""
-    with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(noise.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         actions, log_prob = actor.sample(expert.obs.flatten(0, 1), noise.flatten(0, 1))
         predicted = models(expert.obs, actions.view(noise.shape))
     return models.distance(predicted, expert.next_obs).mean(), -log_prob.detach().mean()
@@ -376,7 +378,7 @@ def sac_update(
 
 def model_update(models: TwinModels, batch: Batch, args: Args) -> Tensor:
     """One gradient step on each model's Gaussian negative log-likelihood of its transitions [2, batch, ...]."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
+    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         error = (batch.next_obs - models(batch.obs, batch.actions)) / models.changes[1]
     log_std = models.log_std.clamp(-10, 2)
     loss = (0.5 * (error * (-log_std).exp()).square() + log_std + 0.5 * math.log(2 * math.pi)).sum(-1).mean(1)
@@ -384,9 +386,59 @@ def model_update(models: TwinModels, batch: Batch, args: Args) -> Tensor:
     return loss.detach().mean()
 
 
-def compiled(function):
-    torch._dynamo.config.trace_autograd_ops = True  # losses, gradients and optimiser steps in one graph
-    return torch.compile(function, dynamic=False)
+# ------------------------------------------------------------------------------------------- compiler and GPU
+def pick_device(args: Args) -> Args:
+    """The settings with a choice in place of each "auto", which is printed."""
+    device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    choice = args.compile.replace("auto", "on" if args.total_timesteps >= 10_000 else "off")  # it takes a minute
+    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
+    try:
+        if choice == "on":
+            torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:
+        choice = "off"
+        print(f"{SCRIPT}.py: --compile off, because torch.compile fails: {error!r:.200}")
+    return replace(args, device=device, compile=choice)
+
+
+class CudaGraph:
+    """function(*inputs) in one launch. Tensors are copied in; the next call overwrites what this one returned."""
+
+    def __init__(self, function):
+        self.function, self.recorded = function, {}
+
+    def __call__(self, *inputs):
+        leaves = tree_leaves(inputs)
+        key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
+        if key not in self.recorded:
+            self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
+        graph, places, outputs = self.recorded[key]
+        torch._foreach_copy_(places, [x for x in leaves if isinstance(x, Tensor)])
+        graph.replay()
+        return outputs
+
+    def record(self, inputs: tuple):
+        """First calls the function on copies, so that all is compiled and nothing changed."""
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                self.function(*copy.deepcopy(inputs))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = self.function(*inputs)
+        return graph, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)], outputs
+
+
+def compiled(function, args: Args, loop=None):
+    """An update whose losses, gradients and optimiser steps are one graph, or loop(update, *inputs)."""
+    if args.compile == "on":
+        torch._dynamo.config.trace_autograd_ops = True
+        if args.device == "cuda":
+            torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
+        function = torch.compile(function, dynamic=False)
+    function = partial(loop, function) if loop else function
+    return CudaGraph(function) if args.compile == "on" and args.device == "cuda" else function
 
 
 def fit_models(models: TwinModels, update, data: Batch, args: Args) -> Tensor:
@@ -414,7 +466,7 @@ def imitation_weight(agent: Agent, models: TwinModels, expert: Batch, args: Args
 
 
 @torch.no_grad()
-def model_error(models: TwinModels, data: Batch) -> Tensor:
+def relative_error(models: TwinModels, data: Batch) -> Tensor:
     """Mean squared error as a share of the mean squared change."""
     predicted = models(data.obs, data.actions)
     return models.distance(predicted, data.next_obs).mean() / models.distance(data.obs, data.next_obs).mean()
@@ -467,11 +519,12 @@ def open_run(args: Args) -> tuple[Path, dict]:
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
         new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
+        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
             raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
     about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
@@ -484,6 +537,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
 # -------------------------------------------------------------------------------------------------- training
 def train(args: Args) -> list[dict]:
     """SAC-EO. Returns the rows of progress.csv."""
+    args = pick_device(args)
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # numbers next to 0 would be slow
     torch.manual_seed(args.seed)
@@ -499,7 +553,7 @@ def train(args: Args) -> list[dict]:
     buffer = state.get("buffer") or ReplayBuffer(10**9, obs_dim, act_dim, args.device)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
-    update, update_models = (compiled(f) if args.compile else f for f in (sac_update, model_update))
+    update, update_models = compiled(sac_update, args), compiled(model_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
     obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
     if not np.array_equal(obs, state.get("obs", obs)):
@@ -524,7 +578,7 @@ def train(args: Args) -> list[dict]:
         learning_step = step - args.learning_starts
         if learning_step >= 0 and learning_step % args.model_every == 0 and args.eps_fixed != 0:
             latest = Batch(*(field[-args.model_buffer_size :] for field in buffer.all()))
-            metrics["model/error_agent"] = model_error(models, Batch(*(x[-args.model_every :] for x in latest)))
+            metrics["model/error_agent"] = relative_error(models, Batch(*(x[-args.model_every :] for x in latest)))
             metrics["losses/model"] = fit_models(models, update_models, latest, args)
             metrics |= imitation_weight(agent, models, expert, args)
 

@@ -1,6 +1,6 @@
 """Runs seeds side by side, one thread each, and files their curves under benchmark/results.
 
-    python benchmark/launch.py hyper.py --seeds 1 2 3 --variant default -- --env-id Hopper-v4 --compile
+    python benchmark/launch.py hyper.py --seeds 1 2 3 --variant default -- --env-id Hopper-v4
 
 What stands after `--` goes to the script. The same command again continues runs that were interrupted; a larger
 --total-timesteps lengthens them. A run that has reached its end is copied to

@@ -4,9 +4,10 @@
     python benchmark/speed.py --only "2 x 256"               # prints one contest; all take about twenty minutes
     python benchmark/speed.py --write && python benchmark/plot.py         # into docs/speed.md
     python benchmark/speed.py --against ../other-checkout    # the other's scripts take part, too
+    python benchmark/speed.py --device cuda --write          # on a GPU; bash benchmark/gpu.sh does that and more
 
-One thread, held to one core. The contenders of a contest take turns of about a fifth of a second (of hyper.py: 250 env
-steps), so that whatever else the machine does hits all of them alike; numbers are medians of turns.
+One thread, held to one core. The contenders of a contest take turns of about a fifth of a second (of a whole script:
+250 env steps), so that whatever else the machine does hits all of them alike; numbers are medians of turns.
 """
 
 import copy
@@ -20,11 +21,11 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -35,21 +36,23 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 OBS_DIM, ACT_DIM, BATCH = 11, 3, 256  # Hopper's
-HYPER = "hyper.py, Hopper, an env step"
-MODES = {"": {}, " --compile": dict(compile=True), " --compile --bf16": dict(compile=True, bf16=True)}
+UPDATES = 10  # that are drawn, and on a GPU launched, at once
+MODES = {"": dict(compile="off"), " --compile": dict(compile="on"), " --compile --bf16": dict(compile="on", bf16=True)}
+GPU_MODES = MODES | {" --compile, no CUDA graph": dict(compile="on", graph=False)}
 
 
 @dataclass
 class Args:
     only: str = ""  # the contests with this in their title
     rounds: int = 40  # turns of each contender; of env steps of hyper.py a tenth as many
+    device: Literal["cpu", "cuda"] = "cpu"
     core: int = 0  # CPU core to run on
     against: Path | None = None  # another checkout, whose scripts take turns with these
-    write: bool = False  # to benchmark/results/speed/cpu.json
+    write: bool = False  # to benchmark/results/speed/<device>.json
 
 
 # ------------------------------------------------------------------------------------------------ our scripts
-# Each function returns a turn, see turns_of. In the first edition (--against) the same things have other names.
+# Each function returns a turn, see turns_of.
 def load(root: Path, script: str):
     """A script as a module of its own, so that nothing compiled is shared between contenders."""
     spec = importlib.util.spec_from_file_location(f"{script}_{len(sys.modules)}", root / f"{script}.py")
@@ -58,65 +61,53 @@ def load(root: Path, script: str):
     return module
 
 
-def is_first_edition(module) -> bool:
-    return hasattr(module, "StackedMLP")
+def compiled(module, update, args, graph: bool, loop=None):
+    return module.compiled(update, args if graph else replace(args, device="cpu"), loop)
 
 
-def compiled(module, update, args):
-    if is_first_edition(module):
-        return module.compiled(update, args)
-    return module.compiled(update) if args.compile else update
-
-
-def sac_step(root: Path, width: int, **flags):
+def sac_step(root: Path, width: int, graph: bool = True, **flags):
     """A gradient step with all that belongs to it: a batch from replay, noise, target critics."""
     sac = load(root, "sac")
     args = sac.Args(hidden_sizes=(width, width), **flags)
-    agent, update = sac.Agent(OBS_DIM, ACT_DIM, args), compiled(sac, sac.sac_update, args)
-    buffer = sac.ReplayBuffer(10_000, OBS_DIM, ACT_DIM, torch.device("cpu"))
+    agent, buffer = sac.Agent(OBS_DIM, ACT_DIM, args), sac.ReplayBuffer(10_000, OBS_DIM, ACT_DIM, args.device)
+    updates = compiled(sac, sac.sac_update, args, graph, sac.sac_updates)
     for obs, next_obs, action in zip(*np.random.randn(3, 10_000, OBS_DIM).astype(np.float32), strict=True):
         buffer.add(obs, np.tanh(action[:ACT_DIM]), 0.0, next_obs, False)
 
     def step():
-        noise = torch.randn(2, BATCH, ACT_DIM)
-        if not is_first_edition(sac):
-            return update(agent, sac.sample(buffer.all(), BATCH), noise, args)
-        batch = buffer.split(buffer.sample((BATCH,), torch.default_generator))
-        update(agent, batch, batch.obs, noise, args)
-        sac.target_update(agent, args.tau)
+        noise = torch.randn(UPDATES, 2, BATCH, ACT_DIM, device=args.device)
+        updates(agent, sac.sample(buffer.all(), UPDATES, BATCH), noise, args)
 
-    return turns_of(step)
+    return turns_of(step, UPDATES)
 
 
-def ensemble_minibatch(root: Path, **flags):
+def ensemble_minibatch(root: Path, graph: bool = True, **flags):
     """A gradient step of hyper.py's seven dynamics models."""
     hyper = load(root, "hyper")
     args = hyper.Args(**flags)
-    dynamics, update = hyper.EnsembleDynamics(27, 8, args), compiled(hyper, hyper.dynamics_update, args)
-    inputs = [torch.randn(7, BATCH, 27 + 8), torch.randn(7, BATCH, 27), args]
-    if is_first_edition(hyper):
-        inputs = [hyper.Adam(dynamics.parameters(), args.model_lr, args.model_weight_decay), *inputs]
-    return turns_of(lambda: update(dynamics, *inputs))
+    dynamics, update = hyper.EnsembleDynamics(27, 8, args), compiled(hyper, hyper.dynamics_update, args, graph)
+    inputs = [torch.randn(7, BATCH, dim, device=args.device) for dim in (27 + 8, 27)]
+    return turns_of(lambda: update(dynamics, *inputs, args))
 
 
-def sra_update(root: Path, **flags):
+def sra_update(root: Path, graph: bool = True, **flags):
     """A gradient step of SRA's policy in a maze (IQL): 256 expert and 256 other transitions."""
     sra = load(root, "sra_offline")
     args = sra.Args(**flags)
-    agent, update = sra.OfflineAgent(4, 2, args), compiled(sra, sra.iql_update, args)
+    agent, update = sra.OfflineAgent(4, 2, args), compiled(sra, sra.iql_update, args, graph)
     shapes = (BATCH, 4), (BATCH, 2), (BATCH,), (BATCH, 4), (BATCH,)
-    expert, other = (sra.Batch(*(torch.rand(shape) for shape in shapes)) for _ in range(2))
+    expert, other = (sra.Batch(*(torch.rand(shape, device=args.device) for shape in shapes)) for _ in range(2))
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16, cache_enabled=False):
-            update(agent, expert, other, torch.randn(2, 2 * BATCH, 2), True, args)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
+            update(agent, expert, other, torch.randn(2, 2 * BATCH, 2, device=args.device), True, args)
 
     return turns_of(step)
 
 
-def hyper_env_steps(root: Path, **flags):
-    """All of hyper.py on Hopper, from step 1,250 on; a turn is 250 steps. It waits where it would evaluate."""
-    hyper, go, done = load(root, "hyper"), queue.Queue(), queue.Queue()
+def env_steps(root: Path, script: str, graph: bool = True, **flags):
+    """All of a script on Hopper, from step 1,250 on; a turn is 250 steps. It waits where it would evaluate."""
+    module, go, done = load(root, script), queue.Queue(), queue.Queue()
 
     def evaluate(*_, **__):
         done.put(None)
@@ -129,11 +120,14 @@ def hyper_env_steps(root: Path, **flags):
         done.get()
         return (time.perf_counter() - start) / 250
 
-    hyper.evaluate = evaluate
-    hyper.StopSignal = lambda: SimpleNamespace(received=0)  # the first edition's wants to be in the main thread
-    args = hyper.Args(env_id="Hopper-v4", normalise_obs=False, total_timesteps=10**6, eval_every=250, **flags)
-    args.run_dir, args.demos = f"{tempfile.mkdtemp()}/run", str(root / "demos" / "Hopper-v4.npz")
-    threading.Thread(target=hyper.train, args=[args], daemon=True).start()
+    module.evaluate = evaluate
+    if not graph:
+        module.CudaGraph = lambda function: function
+    flags |= dict(demos=str(root / "demos" / "Hopper-v4.npz")) if script != "sac" else {}
+    flags |= dict(normalise_obs=False) if script == "hyper" else {}
+    args = module.Args(env_id="Hopper-v4", total_timesteps=10**6, eval_every=250, learning_starts=1_000, **flags)
+    args.run_dir = f"{tempfile.mkdtemp()}/run"
+    threading.Thread(target=module.train, args=[args], daemon=True).start()
     done.get()
     for _ in range(5):
         turn()
@@ -141,10 +135,11 @@ def hyper_env_steps(root: Path, **flags):
 
 
 # ------------------------------------------------------------------------------------------------ other code
-def library_step(library: str, width: int):
+def library_step(library: str, width: int, device: str):
     """One call of train(gradient_steps=1) of stable-baselines3 or SBX: what they do after an environment step."""
     SAC = importlib.import_module(library).SAC
-    model = SAC("MlpPolicy", gym.make("Hopper-v4"), policy_kwargs=dict(net_arch=[width, width]), buffer_size=10_000)
+    settings = dict(policy_kwargs=dict(net_arch=[width, width]), buffer_size=10_000, device=device)
+    model = SAC("MlpPolicy", gym.make("Hopper-v4"), **settings)
     model._setup_learn(10_000)
     for obs, next_obs, action in zip(*np.random.randn(3, 10_000, 1, OBS_DIM).astype(np.float32), strict=True):
         model.replay_buffer.add(obs, next_obs, np.tanh(action[:, :ACT_DIM]), np.zeros(1), np.zeros(1), [{}])
@@ -159,11 +154,11 @@ def mlp(*sizes: int) -> nn.Sequential:
 class UsualSAC:
     """Separate critics, torch.optim.Adam, one target parameter after the other, as most implementations have it."""
 
-    def __init__(self, obs_dim: int = OBS_DIM, act_dim: int = ACT_DIM, width: int = 256):
-        self.actor = mlp(obs_dim, width, width, 2 * act_dim)
-        self.critics = nn.ModuleList(mlp(obs_dim + act_dim, width, width, 1) for _ in range(2))
+    def __init__(self, obs_dim: int = OBS_DIM, act_dim: int = ACT_DIM, width: int = 256, device: str = "cpu"):
+        self.actor = mlp(obs_dim, width, width, 2 * act_dim).to(device)
+        self.critics = nn.ModuleList(mlp(obs_dim + act_dim, width, width, 1) for _ in range(2)).to(device)
         self.targets, self.target_entropy = copy.deepcopy(self.critics), -act_dim
-        self.log_alpha = torch.zeros(1, requires_grad=True)
+        self.log_alpha = torch.zeros(1, requires_grad=True, device=device)
         self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), 1e-3)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), 3e-4)
         self.alpha_optimizer = torch.optim.Adam([self.log_alpha], 1e-3)
@@ -204,44 +199,51 @@ class UsualSAC:
             target_p.data.copy_(0.005 * p.data + 0.995 * target_p.data)
 
 
-def usual_sac_step(width: int):
-    agent, columns = UsualSAC(width=width), [torch.rand(10_000, n) for n in (OBS_DIM, ACT_DIM, 1, OBS_DIM, 1)]
+def usual_sac_step(width: int, device: str):
+    agent = UsualSAC(width=width, device=device)
+    columns = [torch.rand(10_000, n, device=device) for n in (OBS_DIM, ACT_DIM, 1, OBS_DIM, 1)]
 
     def step():
-        index = torch.randint(10_000, (BATCH,))
+        index = torch.randint(10_000, (BATCH,), device=device)
         agent.update(*(column[index] for column in columns))
 
     return turns_of(step)
 
 
 # --------------------------------------------------------------------------------------------------- contests
-def turns_of(step):
-    """A function that does the step for about a fifth of a second and returns the seconds of one."""
+def turns_of(step, updates: int = 1):
+    """A function that does steps of so many updates for about a fifth of a second; returns the seconds of an update."""
 
     def turn(n: int) -> float:
         start = time.perf_counter()
         for _ in range(n):
             step()
-        return (time.perf_counter() - start) / n
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / n / updates
 
     turn(20)
-    n = max(1, round(0.2 / turn(5)))
+    n = max(1, round(0.2 / updates / turn(5)))
     return lambda: turn(n)
 
 
-def contests(roots: dict[str, Path]) -> dict[str, dict]:
+def contests(roots: dict[str, Path], device: str) -> dict[str, dict]:
     """Title -> contender -> function that makes its turn. `roots`: "ours", "other" -> folder of the scripts."""
     scripts = {f"SAC gradient step, Hopper, 2 x {width}": partial(sac_step, width=width) for width in (256, 1024)}
     scripts["ensemble minibatch, Ant, 7 members of 4 x 200"] = ensemble_minibatch
-    scripts |= {"SRA gradient step, a maze, 2 x 256": sra_update, HYPER: hyper_env_steps}
+    scripts["SRA gradient step, a maze, 2 x 256"] = sra_update
+    scripts |= {f"{name}.py, Hopper, an env step": partial(env_steps, script=name) for name in ("hyper", "hype", "sac")}
     found = {title: {} for title in scripts}
-    for title, (mode, flags), (name, root) in itertools.product(scripts, MODES.items(), roots.items()):
-        found[title][name + mode] = partial(scripts[title], root, **flags)
+    for title, (mode, flags), (name, root) in itertools.product(
+        scripts, (GPU_MODES if device == "cuda" else MODES).items(), roots.items()
+    ):
+        found[title][name + mode] = partial(scripts[title], root, device=device, **flags)
     for width in (256, 1024):
         contenders = found[f"SAC gradient step, Hopper, 2 x {width}"]
-        contenders["stable-baselines3"] = partial(library_step, "stable_baselines3", width)
-        contenders["SBX (JAX)"] = partial(library_step, "sbx", width)
-        contenders["usual PyTorch"] = partial(usual_sac_step, width)
+        contenders["stable-baselines3"] = partial(library_step, "stable_baselines3", width, device)
+        if device == "cpu":
+            contenders["SBX (JAX)"] = partial(library_step, "sbx", width, device)
+        contenders["usual PyTorch"] = partial(usual_sac_step, width, device)
     return found
 
 
@@ -250,16 +252,16 @@ def compete(contenders: dict, rounds: int) -> dict[str, dict]:
     turns = {name: make() for name, make in contenders.items()}
     taken = [{name: turn() for name, turn in turns.items()} for _ in range(rounds)]  # seconds of a step
     found = {name: dict(milliseconds=round(1_000 * median(one[name] for one in taken), 3)) for name in turns}
-    for mode in MODES if "other" in turns else ():
-        ratio = median(one[f"ours{mode}"] / one[f"other{mode}"] for one in taken)
-        found[f"ours{mode}"]["ratio"] = round(ratio, 3)
+    for name in [name for name in turns if name.replace("ours", "other") != name and "other" in turns]:
+        ratio = median(one[name] / one[name.replace("ours", "other")] for one in taken)
+        found[name]["ratio"] = round(ratio, 3)
     return found
 
 
 def table(device: str) -> str:
     """Markdown: a column for each contest, milliseconds; in brackets the share of the other checkout's time."""
     measured = json.loads((ROOT / "benchmark" / "results" / "speed" / f"{device}.json").read_text())
-    known = {title: list(names) for title, names in contests(dict(ours=ROOT)).items() if title in measured}
+    known = {title: list(names) for title, names in contests(dict(ours=ROOT), device).items() if title in measured}
     lines = [["milliseconds", *known], ["---"] * (1 + len(known))]
     for name in dict.fromkeys(name for names in known.values() for name in names):
         found = [measured[title]["contenders"].get(name, {}) for title in known]
@@ -277,13 +279,14 @@ def main(args: Args) -> None:
     sys.path.append(str(ROOT))  # for envs/
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # our scripts' settings, from which the others profit too
-    path = ROOT / "benchmark" / "results" / "speed" / "cpu.json"
+    path = ROOT / "benchmark" / "results" / "speed" / f"{args.device}.json"
     commit = subprocess.getoutput(f"git -C {ROOT} describe --always --dirty --abbrev=9 --exclude='*'")
     about = dict(date=time.strftime("%Y-%m-%d"), commit=commit, torch=torch.__version__, turns=args.rounds)
+    about |= dict(gpu=torch.cuda.get_device_name()) if args.device == "cuda" else {}
     roots = dict(ours=ROOT) | (dict(other=args.against.resolve()) if args.against else {})
-    for title, contenders in contests(roots).items():
+    for title, contenders in contests(roots, args.device).items():
         if args.only in title:
-            found = compete(contenders, max(1, args.rounds // 10) if title == HYPER else args.rounds)
+            found = compete(contenders, max(1, args.rounds // 10) if "env step" in title else args.rounds)
             print(title, *(f"    {name:26} {result}" for name, result in found.items()), sep="\n", flush=True)
             if args.write:
                 measured = json.loads(path.read_text()) if path.exists() else {}

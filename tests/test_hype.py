@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 HOPPER = str(ROOT / "demos" / "Hopper-v4.npz")
 SMALL = dict(hidden_sizes=(8, 8), cost_hidden_sizes=(8, 8), batch_size=16, cost_batch_size=8, num_demos=4)
-TINY = hype.Args(**SMALL, env_id="Hopper-v4", demos=HOPPER, learning_starts=60, eval_episodes=1)
+TINY = hype.Args(device="cpu", **SMALL, env_id="Hopper-v4", demos=HOPPER, learning_starts=60, eval_episodes=1)
 OBS, ACT = 11, 3
 
 
@@ -37,7 +37,7 @@ def keys(obs, actions) -> list[bytes]:
 @pytest.mark.parametrize("script,loss", [(hyper, "logistic"), (hype, "logistic"), (hype, "moment")])
 def test_cost_gradient_is_that_of_the_written_out_loss(script, loss):
     torch.manual_seed(0)
-    args = script.Args(gp_target=0.4, gp_coef=3.0, cost_hidden_sizes=(8, 8))
+    args = script.Args(device="cpu", gp_target=0.4, gp_coef=3.0, cost_hidden_sizes=(8, 8))
     args = replace(args, cost_loss=loss) if script is hype else args
     cost, mix = script.Cost(OBS, ACT, args).double(), torch.rand(32, 1).double()
     expert, learner = (hype.Batch(*(field.double() for field in transitions(32, mean))) for mean in (0.0, 0.5))
@@ -67,7 +67,7 @@ def test_cost_gradient_is_that_of_the_written_out_loss(script, loss):
 def test_the_reward_is_the_softplus_of_the_learners_mean_cost_minus_the_cost(loss):
     """A running mean over the learner's batches, here kept beside a cost that nobody shifts. Logistic: without it."""
     torch.manual_seed(0)
-    args, mean = hype.Args(cost_loss=loss, cost_lr=1e-3, cost_hidden_sizes=(16, 16)), 0.0
+    args, mean = hype.Args(device="cpu", cost_loss=loss, cost_lr=1e-3, cost_hidden_sizes=(16, 16)), 0.0
     torch.set_default_dtype(torch.float64)
     cost, expert, learner = hype.Cost(OBS, ACT, args), transitions(64), transitions(64, 1.0)
     torch.set_default_dtype(torch.float32)

@@ -15,7 +15,9 @@ import hyper
 import sac
 from tests.conftest import POINT, ROOT
 
-ARGS = hyper.Args(model_hidden_sizes=(8, 8), hidden_sizes=(8, 8), cost_hidden_sizes=(8, 8), model_batch_size=32)
+ARGS = hyper.Args(
+    device="cpu", model_hidden_sizes=(8, 8), hidden_sizes=(8, 8), cost_hidden_sizes=(8, 8), model_batch_size=32
+)
 
 
 def batch_of(n: int, obs_dim: int = 2, act_dim: int = 1, shift: float = 0.0) -> hyper.Batch:
@@ -80,7 +82,9 @@ def test_reward_becomes_higher_on_expert_transitions_and_is_softplus_of_minus_th
 
 def test_without_cloning_an_update_is_that_of_sac():
     torch.manual_seed(0)
-    args = sac.Args(hidden_sizes=(8, 8), critic_layer_norm=True, alpha=ARGS.alpha, critic_lr=3e-4, alpha_lr=3e-4)
+    args = sac.Args(
+        device="cpu", hidden_sizes=(8, 8), critic_layer_norm=True, alpha=ARGS.alpha, critic_lr=3e-4, alpha_lr=3e-4
+    )
     ours, theirs, batch = hyper.Agent(3, 2, ARGS), sac.Agent(3, 2, args), batch_of(32, 3, 2)
     for name in ("actor", "critic", "target_critic"):
         getattr(theirs, name).net.load_state_dict(getattr(ours, name).net.state_dict())

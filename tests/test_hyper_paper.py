@@ -17,7 +17,7 @@ import hyper_paper
 import sac
 
 SIZES = dict(hidden_sizes=(8, 8), model_hidden_sizes=(8, 8), cost_hidden_sizes=(8, 8))
-TINY = hyper_paper.Args(**SIZES)
+TINY = hyper_paper.Args(device="cpu", **SIZES)
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +101,10 @@ def test_moment_loss_and_its_gradient_are_those_of_the_loss_written_out(clamp):
 def test_sac_update_steps_along_the_gradients_of_the_losses_of_sac(alpha_lr):
     """A first step of optimistic Adam is 2 lr g / (|g| + 3.16e-7). The actor has states of its own."""
     args = replace(TINY, alpha=0.3, alpha_lr=alpha_lr, gamma=0.9, target_entropy=100.0)
-    agent, twin = hyper_paper.Agent(3, 2, args), sac.Agent(3, 2, sac.Args(hidden_sizes=(8, 8), alpha=0.3))
+    agent, twin = (
+        hyper_paper.Agent(3, 2, args),
+        sac.Agent(3, 2, sac.Args(device="cpu", hidden_sizes=(8, 8), alpha=0.3)),
+    )
     twin.actor.load_state_dict(agent.actor.state_dict())
     for critic in (twin.critic, twin.target_critic):
         critic.net.load_state_dict(agent.critic.state_dict())
@@ -115,7 +118,7 @@ def test_sac_update_steps_along_the_gradients_of_the_losses_of_sac(alpha_lr):
         expected = [p - 2 * lr * g / (g.abs() + 3.1623e-7) for p, g in zip(params, grads, strict=True)]
         torch.testing.assert_close(list(getattr(agent, name).parameters()), expected, rtol=1e-4, atol=lr / 50)
 
-    settings = sac.Args(gamma=0.9)
+    settings = sac.Args(device="cpu", gamma=0.9)
     check("critic", sac.critic_loss(twin, batch, noise[0], settings)[0], args.critic_lr)
     twin.critic.net.load_state_dict(agent.critic.state_dict())
     loss, entropy = sac.actor_loss(twin, batch._replace(obs=actor_obs), noise[1], settings)
@@ -127,7 +130,7 @@ def test_sac_update_steps_along_the_gradients_of_the_losses_of_sac(alpha_lr):
 def test_model_fit_and_rollouts_are_those_of_hyper_where_nothing_is_clamped():
     """The same numbers from the same seed: likelihood, Adam, bootstrap, held-out choice, elites' shares, rollouts."""
     settings = dict(model_members=7, model_elites=5, model_lr=3e-3, model_batch_size=64, model_patience=2)
-    theirs, ours = hyper.Args(**SIZES, **settings), replace(TINY, **settings)
+    theirs, ours = hyper.Args(device="cpu", **SIZES, **settings), replace(TINY, **settings)
     models, actor = (
         [hyper.EnsembleDynamics(3, 2, theirs), hyper_paper.Dynamics(3, 2, ours)],
         hyper_paper.Actor(3, 2, (8,)),
@@ -201,7 +204,7 @@ def test_tuned_is_the_published_table():
         p_tremble=[0.01, 0.01, 0.01, 0.025],
     )
     for column, robot in enumerate(("Hopper", "Walker2d", "Ant", "Humanoid")):
-        args = replace(hyper_paper.Args(), **hyper_paper.TUNED[robot])
+        args = replace(hyper_paper.Args(device="cpu"), **hyper_paper.TUNED[robot])
         expected = {name: values[column] for name, values in table.items()}
         assert {name: getattr(args, name) for name in expected} == expected, robot
     assert hyper_paper.TUNED["HalfCheetah"] == hyper_paper.TUNED["Walker2d"]

@@ -17,7 +17,7 @@ EXPERT, OTHER = transitions(8, 1), transitions(8, 2)
 
 def agent_and_args(algo: str, **settings):
     torch.manual_seed(0)
-    args = ob.Args(algo=algo, hidden_sizes=(16, 16), **settings)
+    args = ob.Args(device="cpu", algo=algo, hidden_sizes=(16, 16), **settings)
     agent = ob.BaselineAgent(4, 2, args)
     agent.actor.normalise.fit(2 * torch.randn(100, 4) + 1)
     return agent, args

@@ -18,7 +18,7 @@ from tests.conftest import POINT
 def agent_and_batch(**settings):
     """A small agent, a batch of 6, noise of an update, settings."""
     torch.manual_seed(0)
-    args = sac.Args(hidden_sizes=(8, 8), **settings)
+    args = sac.Args(device="cpu", hidden_sizes=(8, 8), **settings)
     ends = torch.tensor([0.0, 1, 0, 1, 0, 0])
     batch = sac.Batch(torch.randn(6, 3), torch.rand(6, 2) * 2 - 1, torch.randn(6), torch.randn(6, 3), ends)
     return sac.Agent(3, 2, args), batch, torch.randn(2, 6, 2), args
@@ -202,7 +202,7 @@ def test_evaluation_gives_each_episode_its_seed_and_counts_successes():
 
 def test_a_time_limit_is_no_termination_and_every_step_is_stored(tmp_path):
     words = dict(hidden_sizes=(8,), learning_starts=10**6, eval_every=10**6, eval_episodes=1, checkpoint_every=1)
-    sac.train(sac.Args(env_id=POINT, total_timesteps=400, run_dir=str(tmp_path), seed=5, **words))
+    sac.train(sac.Args(device="cpu", env_id=POINT, total_timesteps=400, run_dir=str(tmp_path), seed=5, **words))
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
     data = state["buffer"].all()
     assert len(data.obs) == state["step"] and data.actions.abs().max() <= 1 and data.rewards.min() < 0

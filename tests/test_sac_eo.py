@@ -17,7 +17,7 @@ from tests.conftest import POINT
 def models_and_args(**settings):
     """Two models of 3 observations and 2 actions that have something to say, in units that are not 1."""
     torch.manual_seed(0)
-    args = sac_eo.Args(**dict(hidden_sizes=(8, 8), model_hidden_sizes=(8, 8), mse_units="raw") | settings)
+    args = sac_eo.Args(device="cpu", **dict(hidden_sizes=(8, 8), model_hidden_sizes=(8, 8), mse_units="raw") | settings)
     models = sac_eo.TwinModels(3, 2, args)
     models.net.weights[-1].data.normal_()
     models.inputs.copy_(torch.tensor([[0.2, -0.1, 0.4, 0.3, 0.0], [2.0, 0.5, 1.5, 0.6, 0.7]]))
@@ -146,7 +146,7 @@ def test_the_model_loss_and_gradient_are_those_of_the_gaussian_likelihood_of_eac
 
 
 def test_untrained_models_are_orthogonal_and_say_little():
-    models = sac_eo.TwinModels(3, 2, sac_eo.Args(model_hidden_sizes=(8, 8)))
+    models = sac_eo.TwinModels(3, 2, sac_eo.Args(device="cpu", model_hidden_sizes=(8, 8)))
     for weight, gain in zip(models.net.weights, (2, 2, 1e-4), strict=True):
         square = weight @ weight.mT if weight.shape[1] <= weight.shape[2] else weight.mT @ weight
         torch.testing.assert_close(square, gain * torch.eye(square.shape[1]).expand(2, -1, -1), atol=1e-5, rtol=0)
@@ -162,7 +162,7 @@ def linear(n: int, seed: int = 0) -> sac_eo.Batch:
 
 def test_a_fit_learns_a_linear_system():
     torch.manual_seed(0)
-    args = sac_eo.Args(model_hidden_sizes=(16, 16), model_lr=3e-3, mse_units="raw")
+    args = sac_eo.Args(device="cpu", model_hidden_sizes=(16, 16), model_lr=3e-3, mse_units="raw")
     models, data, test = sac_eo.TwinModels(3, 2, args), linear(2_000), linear(500, seed=2)
     for _ in range(4):
         sac_eo.fit_models(models, sac_eo.model_update, data, args)
@@ -175,7 +175,7 @@ def test_a_fit_learns_a_linear_system():
     wrong, moved = models(test.obs, test.actions) - test.next_obs, test.next_obs - test.obs
     share = (wrong.square().sum(-1).mean() / moved.square().sum(-1).mean()).item()
     assert share < 0.01
-    assert sac_eo.model_error(models, test).item() == pytest.approx(share, rel=1e-4)
+    assert sac_eo.relative_error(models, test).item() == pytest.approx(share, rel=1e-4)
 
 
 @pytest.mark.parametrize("n,most,batches", [(5_000, 999, 250), (5_000, 40, 40), (4_199, 999, 200), (90, 5, 5)])
@@ -208,14 +208,14 @@ def test_when_what_is_fitted_to_which_transitions(script, demos, tmp_path, monke
     spy("fit_models", lambda models, update, data, args: data.obs)
     spy(update, lambda *inputs: (inputs[3], inputs[5], inputs[0].eps.item()) if is_eo else (*inputs[3:5], 1.0))
     if is_eo:
-        spy("model_error", lambda models, data: data.obs)
+        spy("relative_error", lambda models, data: data.obs)
         spy("imitation_weight", lambda agent, models, expert, args: expert.obs)
     settings = dict(hidden_sizes=(8,), model_hidden_sizes=(8,), model_batch_size=20, model_batches=5, model_every=30)
     settings |= dict(learning_starts=60, model_buffer_size=70, expert_batch_size=17, total_timesteps=120)
     settings |= dict(env_id=POINT, demos=str(tmp_path / "states.npz"), num_demos=2, eval_episodes=1)
-    rows = script.train(script.Args(**settings, run_dir=str(tmp_path / "run")))
+    rows = script.train(script.Args(device="cpu", **settings, run_dir=str(tmp_path / "run")))
 
-    fit = ["model_error", "fit_models", "imitation_weight"] if is_eo else ["fit_models"]
+    fit = ["relative_error", "fit_models", "imitation_weight"] if is_eo else ["fit_models"]
     assert [name for name, _ in events] == (fit + [update] * 30) * 2
     at_fit = dict(events[len(fit) + 30 :][: len(fit)])
     assert len(at_fit["fit_models"]) == 70
@@ -229,7 +229,7 @@ def test_when_what_is_fitted_to_which_transitions(script, demos, tmp_path, monke
         np.testing.assert_array_equal(batch.next_obs, all_next[rows_of_expert])
     assert len({(batch.obs.sum().item(), noise.sum().item()) for batch, noise, _ in updates}) == 60
     if is_eo:
-        assert torch.equal(at_fit["model_error"], at_fit["fit_models"][-30:])
+        assert torch.equal(at_fit["relative_error"], at_fit["fit_models"][-30:])
         np.testing.assert_array_equal(at_fit["imitation_weight"], all_obs)
         weights = [weight for _, _, weight in updates]
         assert len(set(weights[:30])) == len(set(weights[30:])) == 1 and 0 < weights[0] != weights[30] < 1

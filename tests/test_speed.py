@@ -10,7 +10,7 @@ from benchmark import speed
 def test_the_usual_sac_learns_as_ours_does(monkeypatch):
     """Five updates without noise, from the same weights on the same batches."""
     monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self: self.mean)
-    args = sac.Args(hidden_sizes=(16, 16))
+    args = sac.Args(device="cpu", hidden_sizes=(16, 16))
     ours, usual, pairs = sac.Agent(3, 2, args), speed.UsualSAC(3, 2, 16), []
     nets = [(ours.actor.net, [usual.actor]), (ours.critic.net, usual.critics), (ours.target_critic.net, usual.targets)]
     for net, others in nets:

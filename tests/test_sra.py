@@ -23,7 +23,7 @@ SHIFT = SimpleNamespace(predict=lambda state, actions: torch.cat([state[:, :1] +
 
 def small(**settings) -> sra.Args:
     sizes = dict(hidden_sizes=(16, 16), model_hidden_sizes=(16, 16), cvae_hidden_sizes=(16, 16))
-    return sra.Args(**sizes | settings)
+    return sra.Args(device="cpu", **sizes | settings)
 
 
 def standard_agent(args: sra.Args) -> sra.OfflineAgent:
@@ -135,7 +135,7 @@ def test_demonstrations_are_chosen_by_the_data_seed_and_rewarded(tmp_path):
     file = write_episodes(tmp_path / "a.npz", [3, 4, 5, 6])
     partial = write_episodes(tmp_path / "b.npz", [3, 6], whole=False)
     for seed in (0, 1):
-        args = sra.Args(demos=file, offline_data=(file, partial), num_demos=2, data_seed=seed)
+        args = sra.Args(device="cpu", demos=file, offline_data=(file, partial), num_demos=2, data_seed=seed)
         expert, offline, expert_return = sra.load_data(env, args)
         chosen = np.random.default_rng([seed, 2]).permutation(4)[:2]
         assert [len(episode.obs) for episode in expert] == (3 + chosen).tolist()
@@ -249,7 +249,7 @@ def test_model_learns_the_closed_form(algo):
     data = sra.Batch(
         torch.from_numpy(exact_reverse(next_obs.numpy(), actions.numpy())), actions, zeros, next_obs, zeros
     )
-    args = sra.Args(algo=algo, model_hidden_sizes=(64, 64), batch_size=128, model_batches=400)
+    args = sra.Args(device="cpu", algo=algo, model_hidden_sizes=(64, 64), batch_size=128, model_batches=400)
     model = sra.DeltaEnsemble(4, 2, args)
     sra.standardise(model, data.obs)
     error = sra.fit_model(model, sra.delta_update, data, args)
