@@ -5,7 +5,7 @@ player minimises it with SAC. HyPE's batches are hybrid: half expert, half learn
 current cost. So the policy only has to compete with the expert. --algo picks one of the family, see ALGOS below.
 
     python hype.py --env-id Ant-v4                         # settings tuned for this robot, see TUNED below
-    python hype.py --env-id Hopper-v4 --bf16               # about twice as fast on a CPU with bfloat16
+    python hype.py --env-id Hopper-v4 --bf16               # faster on a CPU with bfloat16 (see lscpu)
     python hype.py --env-id Hopper-v4 --run-dir runs/a     # the same command again continues an interrupted run
 
 Expected with ten demonstrations: Hopper-v4 at the expert's return after 35,000 real steps (7 minutes on one core),
@@ -465,7 +465,7 @@ class CudaGraph:
 
 
 def compiled(function, args: Args, loop=None):
-    """An update whose losses, gradients and optimiser steps are one graph, or loop(update, *inputs)."""
+    """The update, or loop(update, *inputs). The compiler sees one update; a CUDA graph holds the whole loop."""
     if args.compile == "on":
         torch._dynamo.config.trace_autograd_ops = True
         if args.device == "cuda":

@@ -5,11 +5,11 @@ player minimises it with SAC, half of whose batch is imagined. The dynamics ense
 hybrid: half expert, half learner. So the policy only has to compete with the expert and needs few real steps.
 
     python hyper.py --env-id Ant-v4                        # settings tuned for this robot, see TUNED below
-    python hyper.py --env-id Hopper-v4 --bf16              # about twice as fast on a CPU with bfloat16
+    python hyper.py --env-id Hopper-v4 --bf16              # faster on a CPU with bfloat16 (see lscpu)
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
 Expected with ten demonstrations: Hopper-v4 at the expert's return after 8,000 real steps (8 minutes on one core),
-Ant-v4 at 90% after 20,000 (26 minutes). Where this differs from the authors' code, and why: docs/hyper.md
+Ant-v4, with cloning, at 90% after 20,000 (26 minutes). Differences from the authors' code: docs/hyper.md
 """
 
 import copy
@@ -62,7 +62,7 @@ class Args:
     demo_subsample: int = 1  # use every k-th transition of them
 
     # Dynamics ensemble
-    model_data: Literal["hybrid", "learner"] = "hybrid"  # half expert, half learner transitions, or the learner's alone
+    model_data: Literal["hybrid", "learner"] = "hybrid"  # of the fit: half expert, half learner, or the learner's alone
     model_members: int = 7
     model_elites: int = 5
     model_hidden_sizes: tuple[int, ...] = (200, 200, 200, 200)
@@ -537,7 +537,7 @@ class CudaGraph:
 
 
 def compiled(function, args: Args, loop=None):
-    """An update whose losses, gradients and optimiser steps are one graph, or loop(update, *inputs)."""
+    """The update, or loop(update, *inputs). The compiler sees one update; a CUDA graph holds the whole loop."""
     if args.compile == "on":
         torch._dynamo.config.trace_autograd_ops = True
         if args.device == "cuda":

@@ -636,7 +636,7 @@ class CudaGraph:
 
 
 def compiled(function, args: Args, loop=None):
-    """An update whose losses, gradients and optimiser steps are one graph, or loop(update, *inputs)."""
+    """The update, or loop(update, *inputs). The compiler sees one update; a CUDA graph holds the whole loop."""
     if args.compile == "on":
         torch._dynamo.config.trace_autograd_ops = True
         if args.device == "cuda":
