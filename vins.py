@@ -11,7 +11,7 @@ model takes each, and does the one whose next state has the highest value: small
     python vins.py --env-id FetchReach-v4 --num-demos 10 --run-dir runs/a    # again: continues an interrupted run
     python vins.py --env-id FetchPush-v4 --rl-after 20_000 --total-timesteps 40_000    # VINS+RL
 
-EXPECT
+Expected: see docs/vins.md
 """
 
 import copy
@@ -170,10 +170,6 @@ def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: 
     columns = data["observations"], actions, np.zeros(n), data["next_observations"], data["terminations"]
     columns = (torch.as_tensor(column[:n:subsample], dtype=torch.float32, device=device) for column in columns)
     return Batch(*columns), float(data["rewards"][:n].sum() / num_demos)
-
-
-def concat(*batches: Batch, dim: int = 0) -> Batch:
-    return Batch(*(torch.cat(fields, dim) for fields in zip(*batches, strict=True)))
 
 
 def sample(data: Batch, *shape: int) -> Batch:
@@ -467,16 +463,14 @@ def run_episodes(actor: Actor, envs: list[gym.Env], seeds: list[int], oracle: bo
 
 def evaluate_side_by_side(actor: Actor, envs: list[gym.Env], episodes: int, seed: int, oracle: bool) -> dict:
     """Deterministic episodes. Success is success at any step. Draws nothing from the training run's generator."""
-    returns, successes, lasts = [], [], []
-    for first in range(0, episodes, len(envs)):
-        seeds = list(range(seed + first, seed + min(first + len(envs), episodes)))
-        done = run_episodes(actor, envs[: len(seeds)], seeds, oracle, deterministic=True)
-        returns.extend(done.rewards.sum(0, dtype=float))
-        successes.extend(done.successes.max(0))
-        lasts.extend(done.successes[-1])
-    result = dict(eval_return_mean=np.mean(returns), eval_return_std=np.std(returns))
-    result |= dict(eval_length_mean=len(done.rewards), eval_success_rate=np.mean(successes))
-    return result | dict(eval_success_at_end=np.mean(lasts))
+    groups = []
+    for first in range(seed, seed + episodes, len(envs)):
+        seeds = list(range(first, min(first + len(envs), seed + episodes)))
+        groups.append(run_episodes(actor, envs[: len(seeds)], seeds, oracle, deterministic=True))
+    returns = np.concatenate([group.rewards for group in groups], 1).sum(0, dtype=float)
+    successes = np.concatenate([group.successes for group in groups], 1)
+    result = dict(eval_return_mean=returns.mean(), eval_return_std=returns.std(), eval_length_mean=len(successes))
+    return result | dict(eval_success_rate=successes.max(0).mean(), eval_success_at_end=successes[-1].mean())
 
 
 def until_success(episodes: Episodes, device: str) -> Batch:
@@ -539,7 +533,7 @@ def train(args: Args) -> list[dict]:
     layout = LAYOUTS.get(args.env_id.split("-v")[0])
     if layout is None:
         raise SystemExit(f"{SCRIPT}.py: what are state and goal of {args.env_id}? See LAYOUTS")
-    envs = [make_env(args.env_id) for _ in range(args.eval_envs)]
+    envs = [make_env(args.env_id) for _ in range(max(args.eval_envs, args.rl_episodes))]
     obs_dim, act_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
     expert, expert_return = load_demos(demos, envs[0], args.num_demos, 1, args.device)
@@ -549,9 +543,8 @@ def train(args: Args) -> list[dict]:
     buffer, env_steps = state.get("buffer", expert), state.get("env_steps", 0)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
-    masks = torch.zeros(len(layout.perturbed), obs_dim, device=args.device)
-    for mask, columns in zip(masks, layout.perturbed, strict=True):
-        mask[list(columns)] = 1
+    masks = [[float(column in columns) for column in range(obs_dim)] for columns in layout.perturbed]
+    masks = torch.tensor(masks, device=args.device)  # [samples, obs_dim]
     begins = torch.cat([torch.ones(1, device=args.device), expert.terminations[:-1]]) > 0  # rows of first states
     actor, oracle = agent.actor, "oracle" in args.algo
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
@@ -579,7 +572,8 @@ def train(args: Args) -> list[dict]:
         if interactive and (step - args.rl_after) % args.rl_every == 0:
             seeds = [hash((args.seed, step, episode)) % 2**31 for episode in range(args.rl_episodes)]
             episodes = run_episodes(actor, envs[: args.rl_episodes], seeds, oracle, deterministic=False)
-            buffer = concat(buffer, until_success(episodes, args.device))
+            columns = zip(buffer, until_success(episodes, args.device), strict=True)
+            buffer = Batch(*map(torch.cat, columns))
             env_steps += episodes.rewards.size
 
         # Learn: the cloned policy, the value function with negative samples, the model

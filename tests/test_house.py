@@ -17,9 +17,9 @@ import tyro
 from tests.conftest import ROOT
 
 LINES = dict(sac=400, hyper=740, hype=577, sac_eo=560, bco_baseline=450, mbarl=800, sra_offline=850, hyper_paper=700)
-LINES |= dict(offline_baselines=700)
+LINES |= dict(offline_baselines=700, slbo=700)
 LINES = {name: lines + 56 for name, lines in LINES.items()}  # for the block "compiler and GPU"
-LINES |= dict(mbarl_offline=400, bc=330, evaluate=110)
+LINES |= dict(vins=600, mbarl_offline=400, bc=330, evaluate=110)
 FLAGS = 50
 PATHS = [ROOT / f"{name}.py" for name in LINES if (ROOT / f"{name}.py").exists()]
 SCRIPTS = [path for path in PATHS if path.stem != "evaluate"]

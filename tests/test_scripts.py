@@ -40,6 +40,10 @@ COMMANDS = {
     "sra_offline": f"{OFFLINE} --model-hidden-sizes 16 16 --model-batches 20 --rollout-every 100 --warmup-steps 0 "
     "--num-imagined 300",
     "offline_baselines": OFFLINE,
+    "vins": f"{RUN} --env-id FetchReach-v4 --batch-size 16 --checkpoint-every 40 --num-demos 4 --model-hidden-sizes 16 "
+    "--num-candidates 10 --eval-envs 2 --rl-after 200 --rl-every 50 --rl-episodes 2",
+    "slbo": f"{RUN} --env-id SLBOHopper-v0 --model-hidden-sizes 16 16 --checkpoint-every 1 --stage-steps 60 --rounds 2 "
+    "--model-updates 5 --policy-updates 2 --virtual-envs 4 --virtual-steps 20 --entropy-until 120 --value-epochs 1",
     "hyper_paper": f"{IMITATE} {MODEL} {COST} --model-patience 1 --updates-per-step 2 --rollouts-per-step 4 "
     "--cost-every 50 --cost-episodes 1 --cost-batch-size 16",
 }
@@ -48,9 +52,17 @@ FILES = {  # what a script needs beside it
     "mbarl": ("envs/point_mass.py", "envs/point_maze.py", "envs/tabletop.py"),
     "sra_offline": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
     "offline_baselines": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
+    "slbo": ("envs/com_velocity.py",),
     "hyper_paper": ("envs/wrappers.py", "demos/Hopper-v4.npz"),
+    "vins": ("demos/FetchReach-v4.npz",),
 }
-STEP = {"bc": "updates", "sra_offline": "updates", "offline_baselines": "updates", "hyper_paper": "charts/train_steps"}
+STEP = {
+    "bc": "updates",
+    "vins": "updates",
+    "sra_offline": "updates",
+    "offline_baselines": "updates",
+    "hyper_paper": "charts/train_steps",
+}
 PLANNED = ("sra_offline", "offline_baselines")  # learning rates are planned for the length of the run
 BEGIN_AGAIN = ("bc",)  # without checkpoints
 OWN_EVALUATION = ("mbarl", "hyper_paper")  # of given goals, with a trembling hand
@@ -94,6 +106,12 @@ LEARNS = {
     "sra_offline": (
         f"{CLONE} {SMALL} --offline-data DEMOS --hidden-sizes 32 32 --batch-size 64 --gamma 0.9 --total-timesteps 800 "
         "--model-batches 300 --rollout-every 300 --num-imagined 5000",
+        *(10, 29),
+    ),
+    "vins": (f"--env-id FetchReach-v4 --demos {ROOT}/demos/FetchReach-v4.npz --total-timesteps 500", -45, -38),
+    "slbo": (
+        f"--env-id {POINT} --total-timesteps 1500 --stage-steps 500 --rounds 5 --model-updates 60 --policy-updates 6 "
+        "--model-hidden-sizes 32 32 --virtual-envs 20 --virtual-steps 50 --gamma 0.9 --max-kl 0.03",
         *(10, 29),
     ),
     "hyper_paper": (
@@ -141,7 +159,9 @@ def steps(run: Run) -> list[int]:
 def test_a_run_writes_all_that_it_should(alone):
     with open(alone.run_dir / "progress.csv") as file:
         columns = [name for name in file.readline().strip().split(",") if name != "updates"]
-    assert columns[: len(COLUMNS)] == COLUMNS and (alone.script in ("sac", "mbarl") or "expert_return" in columns)
+    assert columns[: len(COLUMNS)] == COLUMNS and (
+        alone.script in ("sac", "mbarl", "slbo") or "expert_return" in columns
+    )
     assert steps(alone) == list(range(0, 301, 60))
     assert all(value not in ("", "nan", "inf") for name, value in alone.rows[-1].items() if name.startswith("losses/"))
     files = {path.name for path in alone.run_dir.iterdir()}
