@@ -587,18 +587,19 @@ def virtual_value(actor: Actor, dynamics: Dynamics, task: KnownTask, obs: Tensor
     return total.mean()
 
 
-def discrepancy(value: Value, dynamics: Dynamics, steps: Steps, times: Tensor, gamma: float) -> dict[str, Tensor]:
-    """D(M, pi) = L E[sum_t gamma^(t+1) |M(s, a) - s'|] over real steps [n, ...], lengths in deviations of the states.
+def discrepancy(value: Value, dynamics: Dynamics, task: KnownTask, steps: Steps, times: Tensor, gamma: float) -> dict:
+    """D(M, pi) = L E[sum_t gamma^t |M(s, a) - s'|] over real steps [n, ...], lengths in deviations of the states.
 
-    L is the steepest slope of the learned V there; an endless episode's discounts sum up to gamma / (1 - gamma).
+    Rewards depend on s' here, so L is the slope of r(s, a, s') + gamma V(s'), the steepest there of the learned V.
     """
-    std, obs = value.normalise.std, steps.obs.clone().requires_grad_()
-    (slopes,) = torch.autograd.grad(value(obs).sum(), obs)
+    std, next_obs = value.normalise.std, steps.next_obs.clone().requires_grad_()
+    worth = task.reward(steps.obs, steps.actions, next_obs) + gamma * value(next_obs)
+    (slopes,) = torch.autograd.grad(worth.sum(), next_obs)
     lipschitz = (slopes * std).norm(dim=-1).max()
     shape = dynamics.members, -1, -1
     predicted = dynamics(steps.obs.expand(shape), steps.actions.expand(shape))[0].detach()
     errors = ((predicted - steps.next_obs) / std.clamp(min=1e-6)).norm(dim=-1)
-    bound = lipschitz * (gamma ** (times + 1) * errors).sum() / (times == 0).sum()
+    bound = lipschitz * (gamma**times * errors).sum() / (times == 0).sum()
     return {"model/bound": bound, "model/lipschitz": lipschitz, "model/error": errors.mean()}
 
 
@@ -690,7 +691,7 @@ def train(args: Args) -> list[dict]:
                 virtual = virtual_value(actor, dynamics, task, starts, limit, args.gamma)
                 real = (args.gamma**times * steps.rewards).sum() / len(starts)
                 metrics |= {"model/virtual_value": virtual, "model/real_value": real, "model/gap": virtual - real}
-                metrics |= discrepancy(value, dynamics, steps, times, args.gamma)
+                metrics |= discrepancy(value, dynamics, task, steps, times, args.gamma)
             rows.append(row | {name: float(number) for name, number in metrics.items()})
             log_row(run_dir, rows, writer)
             policy = dict(actor=actor.state_dict(), sizes=(obs_dim, act_dim, args.hidden_sizes))

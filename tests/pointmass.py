@@ -34,7 +34,10 @@ class PointMass(gym.Env):
         return np.full((64, 64, 3), int(100 * np.abs(self.state[:2]).max()) % 256, np.uint8)
 
     def terminates(self, next_obs: torch.Tensor) -> torch.Tensor:
-        return (next_obs[:, :2].abs() > 2).any(-1)
+        return (next_obs[..., :2].abs() > 2).any(-1)
+
+    def reward(self, obs: torch.Tensor, actions: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:
+        return 1 - next_obs[..., :2].norm(dim=-1)
 
 
 class Jointed(PointMass):
