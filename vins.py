@@ -234,7 +234,7 @@ class Clone(nn.Module):
         return self.net(self.normalise(obs)[None])[0].tanh()
 
 
-class Value(nn.Module):
+class GoalValue(nn.Module):
     """Minus the number of steps to the goal."""
 
     def __init__(self, layout: Layout, hidden_sizes: tuple[int, ...]):
@@ -286,7 +286,7 @@ class Actor(nn.Module):
         """radius 0 is the cloned policy; without around_clone, candidates are around the action 0."""
         super().__init__()
         self.clone = Clone(obs_dim, act_dim, hidden_sizes)
-        self.value = Value(Layout(*layout), hidden_sizes)
+        self.value = GoalValue(Layout(*layout), hidden_sizes)
         self.model = Model(Layout(*layout), act_dim, model_hidden_sizes)
         self.radius, self.around_clone = radius, around_clone
         self.register_buffer("noise", torch.rand(num_candidates, act_dim) * 2 - 1)  # kept: evaluation is deterministic
@@ -367,7 +367,7 @@ class Agent(nn.Module):
 
 
 # --------------------------------------------------------------------------------------- losses and updates
-def td_loss(value: Value, target_value: Value, batch: Batch, mix: Tensor) -> Tensor:
+def td_loss(value: GoalValue, target_value: GoalValue, batch: Batch, mix: Tensor) -> Tensor:
     """E (r + V_target(s') - V(s))^2 with r = -1 and value 0 at the goal (L_td), at states between s and s'.
 
     mix [interpolations, batch] in [0, 1] is the share of s, from where s' is so many steps away.
@@ -387,15 +387,15 @@ def perturb(obs: Tensor, std: Tensor, noise: Tensor, scale: float) -> tuple[Tens
     return obs + shift * std, shift.norm(dim=-1)
 
 
-def negative_loss(value: Value, target_value: Value, obs: Tensor, std: Tensor, noise: Tensor, args: Args) -> Tensor:
+def negative_loss(value: GoalValue, target: GoalValue, obs: Tensor, std: Tensor, noise: Tensor, args: Args) -> Tensor:
     """E (V_target(s) - lambda |s - s~| - V(s~))^2 at perturbed states s~ (L_ns)."""
     perturbed, distances = perturb(obs, std, noise, args.negative_scale)
     with torch.no_grad():
-        targets = target_value(obs) - args.negative_slope * distances
+        targets = target(obs) - args.negative_slope * distances
     return (targets - value(perturbed)).square().mean()
 
 
-def model_loss(model: Model, batch: Batch) -> Tensor:
+def one_step_loss(model: Model, batch: Batch) -> Tensor:
     """E |M(s, a) - s'|, the norm and not its square, in standard deviations of the changes."""
     changes = (batch.next_obs - batch.obs)[:, model.columns]
     errors = model(batch.obs, batch.actions) - model.normalise_change(changes)
@@ -413,13 +413,13 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-def descend(optimizer: Adam, loss: Tensor) -> Tensor:
+def adam_step(optimizer: Adam, loss: Tensor) -> Tensor:
     """One gradient step. Returns the loss."""
     optimizer.step(torch.autograd.grad(loss, optimizer.params))
     return loss.detach()
 
 
-def value_update(agent: Agent, batch: Batch, masks: Tensor | None, args: Args) -> dict[str, Tensor]:
+def vins_update(agent: Agent, batch: Batch, masks: Tensor | None, args: Args) -> dict[str, Tensor]:
     """One gradient step on L_td + mu L_ns, and of the target. Negative samples move the columns of masks [samples,
     obs_dim]; there are none without masks."""
     value, std = agent.actor.value, agent.actor.clone.normalise.std
@@ -430,7 +430,7 @@ def value_update(agent: Agent, batch: Batch, masks: Tensor | None, args: Args) -
         noise = torch.randn(len(masks), *batch.obs.shape, device=args.device) * masks[:, None]
         losses["losses/negative"] = negative_loss(value, agent.target_value, batch.obs, std, noise, args)
         loss = loss + args.negative_weight * losses["losses/negative"]
-    descend(agent.value_optimizer, loss)
+    adam_step(agent.value_optimizer, loss)
     polyak(agent.target_value, value, args.tau)
     return {name: loss.detach() for name, loss in losses.items()}
 
@@ -579,11 +579,11 @@ def train(args: Args) -> list[dict]:
         # Learn: the cloned policy, the value function with negative samples, the model
         batch = sample(buffer, args.batch_size)
         if not interactive:
-            metrics["losses/clone"] = descend(agent.clone_optimizer, clone_loss(actor.clone, batch))
+            metrics["losses/clone"] = adam_step(agent.clone_optimizer, clone_loss(actor.clone, batch))
         if args.algo != "bc":
             negative = args.algo != "vins-no-ns" and not interactive  # bad trajectories are real then
-            metrics |= value_update(agent, batch, masks if negative else None, args)
-            metrics["losses/model"] = descend(agent.model_optimizer, model_loss(actor.model, batch))
+            metrics |= vins_update(agent, batch, masks if negative else None, args)
+            metrics["losses/model"] = adam_step(agent.model_optimizer, one_step_loss(actor.model, batch))
 
         if (step + 1) % args.checkpoint_every == 0:
             if not all(map(math.isfinite, metrics.values())):

@@ -26,7 +26,7 @@ def path() -> Tensor:
     return torch.stack([x, 0.6 * torch.sin(3 * x)], -1)
 
 
-def learn(negatives: bool, updates: int, seed: int = 1) -> vins.Value:
+def learn(negatives: bool, updates: int, seed: int = 1) -> vins.GoalValue:
     """The value function of the path."""
     torch.manual_seed(seed)
     points, args = path(), vins.Args(hidden_sizes=(64, 64), model_hidden_sizes=(8,), value_lr=1e-3, tau=0.02)
@@ -34,7 +34,7 @@ def learn(negatives: bool, updates: int, seed: int = 1) -> vins.Value:
     demo = vins.Batch(points[:-1], points[1:] - points[:-1], torch.zeros(STEPS), points[1:], ends)
     agent = vins.Agent((2, 2, tuple(LAYOUT), args.hidden_sizes, args.model_hidden_sizes, 1), demo, args)
     for _ in range(updates):
-        vins.value_update(agent, vins.sample(demo, 64), torch.ones(1, 2) if negatives else None, args)
+        vins.vins_update(agent, vins.sample(demo, 64), torch.ones(1, 2) if negatives else None, args)
     return agent.actor.value
 
 
@@ -46,7 +46,7 @@ def grid(size: int = 60) -> Tensor:
 
 
 @torch.no_grad()
-def too_high(value: vins.Value) -> float:
+def too_high(value: vins.GoalValue) -> float:
     """Share of the plane's points, farther than 0.2 from the path, whose value exceeds the nearest path point's."""
     points = grid().flatten(0, 1)
     distances, nearest = torch.cdist(points, path()).min(1)
@@ -55,7 +55,7 @@ def too_high(value: vins.Value) -> float:
 
 
 @torch.no_grad()
-def climb(value: vins.Value, points: Tensor, steps: int = 80, stride: float = 0.06) -> Tensor:
+def climb(value: vins.GoalValue, points: Tensor, steps: int = 80, stride: float = 0.06) -> Tensor:
     """Where points [n, 2] go that always make the step, of 32 directions, to the highest value: [steps + 1, n, 2]."""
     angles = torch.arange(32) * 2 * torch.pi / 32
     moves = stride * torch.stack([angles.cos(), angles.sin()], -1)

@@ -89,7 +89,7 @@ def test_the_model_learns_the_norm_of_standardised_changes():
     model = it.actor.model
     changes = (data.next_obs - data.obs)[:, :3]
     error = ((model.predict(data.obs, data.actions) - data.next_obs)[:, :3] / changes.std(0, correction=0)).norm(dim=1)
-    assert vins.model_loss(model, data).item() == pytest.approx(error.mean().item(), rel=1e-4)
+    assert vins.one_step_loss(model, data).item() == pytest.approx(error.mean().item(), rel=1e-4)
     assert torch.equal(model.predict(data.obs, data.actions)[:, 3:], data.obs[:, 3:])  # the goal stays
 
 
@@ -98,7 +98,7 @@ def test_an_update_moves_value_and_target_and_negative_samples_need_masks():
     for chosen in (masks, None):
         it = agent()
         before, target_before = (copy.deepcopy(net) for net in (it.actor.value, it.target_value))
-        losses = vins.value_update(it, batch(), chosen, TINY)
+        losses = vins.vins_update(it, batch(), chosen, TINY)
         assert ("losses/negative" in losses) == (chosen is not None)
         nets = before, it.actor.value, target_before, it.target_value
         for old, new, target_old, target_new in zip(*(net.parameters() for net in nets), strict=True):
@@ -114,7 +114,7 @@ def test_the_value_of_a_chain_is_minus_the_steps_to_go():
     torch.manual_seed(0)
     it = vins.Agent((OBS_DIM, ACT_DIM, tuple(LAYOUT), (32,), (8,), 1), data, args)
     for _ in range(800):
-        vins.value_update(it, data, None, args)
+        vins.vins_update(it, data, None, args)
     assert torch.allclose(it.actor.value(data.obs), -torch.arange(10, 0, -1.0), atol=0.7)
 
 
@@ -198,7 +198,7 @@ def test_side_by_side_is_one_after_the_other():
     sizes = (len(expert.obs[0]), 4, tuple(vins.LAYOUTS["FetchReach"]), (32,), (8,), 4)
     it = vins.Agent(sizes, expert, replace(TINY, algo="bc", actor_lr=3e-3))
     for _ in range(60):
-        vins.descend(it.clone_optimizer, vins.clone_loss(it.actor.clone, expert))
+        vins.adam_step(it.clone_optimizer, vins.clone_loss(it.actor.clone, expert))
     envs = [vins.make_env(env_id) for _ in range(3)]
     found = vins.evaluate_side_by_side(it.actor, envs, 5, 100, False)
     one = [vins.evaluate_side_by_side(it.actor, envs[:1], 1, 100 + episode, False) for episode in range(5)]
