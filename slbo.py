@@ -279,7 +279,7 @@ class Adam:
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
 
-class Dynamics(nn.Module):
+class DeltaMLP(nn.Module):
     """The deterministic model M (two where their disagreement is asked for); at first s + the mean change."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
@@ -307,7 +307,7 @@ class Dynamics(nn.Module):
 # never gets worse: V^{new,M*} >= V^{new,M} - D(M, new) >= V^{last,M*} - D(M*, last) = V^{last,M*}, first by R1, then
 # since (last, M*) was a candidate, then by R2. SLBO climbs it in turns (eq. 6.2): V by TRPO in a model that stands
 # still, -D by Adam on the H-step loss; the weight lambda between them does not matter then.
-def model_loss(dynamics: Dynamics, steps: Steps, args: Args) -> Tensor:
+def model_loss(dynamics: DeltaMLP, steps: Steps, args: Args) -> Tensor:
     """H-step loss (eq. 6.1) on stretches [members, batch, H, ...]: mean length of the errors along predicted paths.
 
     A norm, as in D, not its square; in standard deviations of changes. A path goes on at the reset after an end.
@@ -325,7 +325,7 @@ def model_loss(dynamics: Dynamics, steps: Steps, args: Args) -> Tensor:
     return loss
 
 
-def model_update(dynamics: Dynamics, steps: Steps, args: Args) -> Tensor:
+def dynamics_step(dynamics: DeltaMLP, steps: Steps, args: Args) -> Tensor:
     """One Adam step on the loss and the weights' decay, whose gradient is cut to a norm. Returns the loss."""
     params = dynamics.optimizer.params
     loss = model_loss(dynamics, steps, args)
@@ -337,7 +337,7 @@ def model_update(dynamics: Dynamics, steps: Steps, args: Args) -> Tensor:
 
 
 @torch.no_grad()
-def virtual_step(actor: Actor, dynamics: Dynamics, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def virtual_step(actor: Actor, dynamics: DeltaMLP, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Raw actions and next states [envs, ...] of the policy in the first model, disagreement of both models [envs]."""
     actions = actor.sample(obs, noise)
     next_obs = dynamics(obs.expand(dynamics.members, -1, -1), actions.expand(dynamics.members, -1, -1))
@@ -345,7 +345,7 @@ def virtual_step(actor: Actor, dynamics: Dynamics, obs: Tensor, noise: Tensor) -
     return actions, next_obs[0], apart.square().mean(-1).sqrt()
 
 
-def virtual_rollout(step, actor: Actor, dynamics: Dynamics, task: KnownTask, starts: Tensor, args: Args) -> Steps:
+def virtual_rollout(step, actor: Actor, dynamics: DeltaMLP, task: KnownTask, starts: Tensor, args: Args) -> Steps:
     """Steps [virtual_steps, virtual_envs, ...] in the model, from some of `starts` [n, obs_dim]; ends begin again."""
     shape, rows = (args.virtual_steps, args.virtual_envs), []
     noise = torch.randn(*shape, len(actor.log_std), device=starts.device)
@@ -576,7 +576,7 @@ def real_episodes(act, env: gym.Env, episodes: int, seed: int, device: str) -> t
 
 
 @torch.no_grad()
-def virtual_value(actor: Actor, dynamics: Dynamics, task: KnownTask, obs: Tensor, length: int, gamma: float) -> Tensor:
+def virtual_value(actor: Actor, dynamics: DeltaMLP, task: KnownTask, obs: Tensor, length: int, gamma: float) -> Tensor:
     """Mean discounted return of the policy without noise in the model, from obs [n, obs_dim] on."""
     noise, alive, total = torch.zeros(len(obs), len(actor.log_std), device=obs.device), 1.0, 0.0
     for t in range(length):
@@ -587,7 +587,7 @@ def virtual_value(actor: Actor, dynamics: Dynamics, task: KnownTask, obs: Tensor
     return total.mean()
 
 
-def discrepancy(value: Value, dynamics: Dynamics, task: KnownTask, steps: Steps, times: Tensor, gamma: float) -> dict:
+def discrepancy(value: Value, dynamics: DeltaMLP, task: KnownTask, steps: Steps, times: Tensor, gamma: float) -> dict:
     """D(M, pi) = L E[sum_t gamma^t |M(s, a) - s'|] over real steps [n, ...], lengths in deviations of the states.
 
     Rewards depend on s' here, so L is the slope of r(s, a, s') + gamma V(s'), the steepest there of the learned V.
@@ -667,11 +667,11 @@ def train(args: Args) -> list[dict]:
     run_dir, state = open_run(args)
     actor = state.get("actor") or Actor(obs_dim, act_dim, args.hidden_sizes).to(args.device)
     value = state.get("value") or Value(obs_dim, args)
-    dynamics = state.get("dynamics") or Dynamics(obs_dim, act_dim, args)
+    dynamics = state.get("dynamics") or DeltaMLP(obs_dim, act_dim, args)
     replay, ou_noise = state.get("replay"), state.get("ou_noise", torch.zeros(act_dim))
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
-    update_model, step_virtually = compiled(model_update, args), compiled(virtual_step, args)
+    update_model, step_virtually = compiled(dynamics_step, args), compiled(virtual_step, args)
     fisher, update_value = compiled(fisher_product, args), compiled(value_update, args)
     rounds, more = (1, args.rounds) if args.algo == "mb-trpo" else (args.rounds, 1)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)

@@ -110,9 +110,9 @@ LEARNS = {
     ),
     "vins": (f"--env-id FetchReach-v4 --demos {ROOT}/demos/FetchReach-v4.npz --total-timesteps 500", -45, -38),
     "slbo": (
-        f"--env-id {POINT} --total-timesteps 1500 --stage-steps 500 --rounds 5 --model-updates 60 --policy-updates 6 "
-        "--model-hidden-sizes 32 32 --virtual-envs 20 --virtual-steps 50 --gamma 0.9 --max-kl 0.03",
-        *(10, 29),
+        f"--env-id {POINT} --total-timesteps 750 --stage-steps 250 --rounds 4 --model-updates 60 --policy-updates 6 "
+        "--model-hidden-sizes 32 32 --virtual-envs 40 --virtual-steps 25 --gamma 0.9 --max-kl 0.03",
+        *(20, 40),
     ),
     "hyper_paper": (
         f"{LEARN} {CLONE} {SMALL} --updates-per-step 3 --model-every 50 --model-patience 2 --rollouts-per-step 10 "

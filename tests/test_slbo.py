@@ -27,7 +27,7 @@ def seed():
 
 
 class Linear(torch.nn.Module):
-    """s' = s A + a B, where slbo.Dynamics is wanted."""
+    """s' = s A + a B, where slbo.DeltaMLP is wanted."""
 
     members = 1
 
@@ -72,7 +72,7 @@ def test_the_running_normaliser_is_numpys_over_everything():
 
 
 def test_an_untrained_model_predicts_the_mean_change_within_reach():
-    dynamics, data = slbo.Dynamics(2, 1, TINY), random_steps(50)
+    dynamics, data = slbo.DeltaMLP(2, 1, TINY), random_steps(50)
     dynamics.normalise.update(data.obs)
     dynamics.normalise_delta.update(data.next_obs - data.obs)
     expected = data.obs + (data.next_obs - data.obs).mean(0)
@@ -123,7 +123,7 @@ def test_a_perfect_model_has_no_loss_and_a_finite_gradient():
 
 def test_a_model_update_is_adam_on_a_cut_gradient_with_decay_inside():
     args = replace(TINY, model_weight_decay=0.1, model_max_grad_norm=0.5)
-    dynamics, steps = slbo.Dynamics(2, 1, args), random_steps(1, 6, 2)
+    dynamics, steps = slbo.DeltaMLP(2, 1, args), random_steps(1, 6, 2)
     for param in dynamics.parameters():
         torch.nn.init.normal_(param)
     params = [param.detach().clone().requires_grad_() for param in dynamics.parameters()]
@@ -135,7 +135,7 @@ def test_a_model_update_is_adam_on_a_cut_gradient_with_decay_inside():
         optimizer.zero_grad()
         (slbo.model_loss(wrapped, steps, args) + 0.05 * sum(p.square().sum() for p in params)).backward()
         torch.nn.utils.clip_grad_norm_(params, 0.5)
-        slbo.model_update(dynamics, steps, args)
+        slbo.dynamics_step(dynamics, steps, args)
         optimizer.step()
     torch.testing.assert_close(list(dynamics.parameters()), params, rtol=1e-4, atol=1e-5)
 
@@ -176,7 +176,7 @@ def test_virtual_steps_are_the_true_dynamics_when_the_model_is_the_truth():
 
 def test_optimism_pays_for_disagreement():
     args = replace(TINY, optimism=2.0, virtual_steps=3, virtual_envs=4)
-    dynamics, actor = slbo.Dynamics(2, 1, args), slbo.Actor(2, 1, (5,))
+    dynamics, actor = slbo.DeltaMLP(2, 1, args), slbo.Actor(2, 1, (5,))
     for param in dynamics.parameters():
         torch.nn.init.normal_(param)
     steps = slbo.virtual_rollout(slbo.virtual_step, actor, dynamics, LinearTask(), torch.zeros(1, 2), args)
@@ -404,7 +404,7 @@ SMALL |= dict(model_updates=3, policy_updates=2, virtual_envs=4, virtual_steps=1
 @pytest.mark.parametrize("algo,model,virtual", [("slbo", 18, 12), ("mb-trpo", 18, 12), ("mf-trpo", 0, 0)])
 def test_the_ledger(algo, model, virtual, monkeypatch, tmp_path):
     """Real steps are the training environment's; SLBO and MB-TRPO take the same numbers of updates."""
-    envs, calls, order = [], dict.fromkeys(("model_update", "virtual_rollout", "policy_update"), 0), []
+    envs, calls, order = [], dict.fromkeys(("dynamics_step", "virtual_rollout", "policy_update"), 0), []
     make_env = slbo.make_env
 
     class Counted(gym.Wrapper):
@@ -426,8 +426,8 @@ def test_the_ledger(algo, model, virtual, monkeypatch, tmp_path):
     rows = slbo.train(replace(TINY, **SMALL, algo=algo, run_dir=str(tmp_path / "run")))
     assert [row["env_steps"] for row in rows] == [0, 60, 120, 180] and envs[0].steps == 180
     policy = virtual or 3  # mf-trpo: one on each stage's real steps
-    assert calls == dict(model_update=model, virtual_rollout=virtual, policy_update=policy)
-    assert "".join(order) == {"slbo": "mmmvpvp" * 2, "mb-trpo": "m" * 6 + "vp" * 4, "mf-trpo": "p"}[algo] * 3
+    assert calls == dict(dynamics_step=model, virtual_rollout=virtual, policy_update=policy)
+    assert "".join(order) == {"slbo": "dddvpvp" * 2, "mb-trpo": "d" * 6 + "vp" * 4, "mf-trpo": "p"}[algo] * 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(tmp_path, monkeypatch):
