@@ -6,12 +6,12 @@ from perturbed states beside them ("negative samples") to fall with the distance
 demonstrations, and also towards the goal. The policy tries random actions around a cloned one, predicts where a learned
 model takes each, and does the one whose next state has the highest value: small errors are corrected, not compounded.
 
-    python vins.py --env-id FetchPickAndPlace-v4                  # 100 demonstrations, four minutes on one core
+    python vins.py --env-id FetchPickAndPlace-v4                  # 100 demonstrations, five minutes of one core
     python vins.py --env-id FetchPickAndPlace-v4 --algo bc        # the cloned policy alone; also vins-no-ns, ...
     python vins.py --env-id FetchReach-v4 --num-demos 10 --run-dir runs/a    # again: continues an interrupted run
     python vins.py --env-id FetchPush-v4 --rl-after 20_000 --total-timesteps 40_000    # VINS+RL
 
-Expected: see docs/vins.md
+Expected: without negative samples far fewer successes than with them; not yet more than BC. More in docs/vins.md
 """
 
 import copy

@@ -35,6 +35,7 @@ NAMES |= {"sac_eo/default": "SAC-EO", "bco_baseline/forward": "BCO"}
 DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc")
 LEVELS = {"sac_eo": (0.5, 0.8, 0.9), "bco_baseline": (0.5, 0.8, 0.9), "mbarl": (0.5, 0.9, 1.0)}
 MEASURES = {"mbarl": "success_rate", "sra_offline": "normalized_score", "offline_baselines": "normalized_score"}
+MEASURES |= {"vins": "success_rate"}
 # Folders of the first edition that have another name now.
 RENAMED = {f"maze2d-{size}": f"Maze2D-{size}-v0" for size in ("umaze", "medium", "large")}
 RENAMED |= {"hopper-medium": "Hopper-v4", "walker2d-medium": "Walker2d-v4"}
