@@ -210,7 +210,7 @@ def test_side_by_side_is_one_after_the_other():
 # -------------------------------------------------------------------------------------------------- the claim
 def test_only_with_negative_samples_values_fall_off_the_path():
     conservative, false = (vins_toy.learn(negatives, 1_500) for negatives in (True, False))
-    assert vins_toy.too_high(conservative) < 0.1 < 0.25 < vins_toy.too_high(false)
+    assert vins_toy.too_high(conservative) < 0.3 and vins_toy.too_high(false) > 0.4
 
 
 def test_worlds_without_a_layout_are_refused():
