@@ -4,7 +4,7 @@ A dynamics ensemble is fitted to uniformly drawn transitions of a point mass; SA
 of the study has a number of transitions, a length of rollouts, and their start states: the task's own ("narrow") or
 those of demonstrations ("demo"). progress.csv has one row a cell.
 
-    python mbarl_offline.py                                  # 18 policies in 2 to 5 minutes of one core with --compile
+    python mbarl_offline.py                                  # 18 policies in 5 to 6 minutes of one core
     python mbarl_offline.py --env-id PointMass2DCoarse-v0    # steps twice as long
     python mbarl_offline.py --run-dir runs/a                 # the same command again goes on with the cells not there
 
@@ -15,11 +15,9 @@ import copy
 import csv
 import json
 import math
-import os
 import subprocess
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -43,10 +41,6 @@ class Args:
     env_id: str = "PointMass2D-v0"
     """PointMass2D-v0, PointMass2DCoarse-v0, or a world of docs/mbarl.md that has uniform_states(n, rng)"""
     seed: int = 1
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
-    compile: bool = False  # compile the updates with torch.compile (about a minute at the start; needs a C++ compiler)
-    bf16: bool = False
-    track: bool = False  # to Weights & Biases
     run_dir: str | None = None  # folder of the run; one that holds a run is continued
     eval_episodes: int = 20
 
@@ -70,7 +64,6 @@ class Args:
     model_lr: float = 1e-3
     model_batch_size: int = 128
     model_batches: int = 1_500  # whatever the size
-    model_patience: int = 1_500  # epochs without improvement that stop a fit: never
 
     # SAC
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -83,46 +76,44 @@ class Args:
     alpha: float = 0.1
 
 
-# ------------------------------------------------------------------------------------- demonstrations and batches
-class Batch(NamedTuple):
-    obs: Tensor  # [batch, obs_dim]
+# ------------------------------------------------------------------------------------------ starts, transitions
+def narrow_starts(world: gym.Env, n: int, seed: list[int]) -> Tensor:
+    """Observations [n, obs_dim] of the task's own start states, the goals in turn."""
+    states = world.start_states(n, np.random.default_rng(seed))
+    goals = world.goals[torch.arange(n) % len(world.goals)]
+    return torch.cat([states, goals], -1).float()
+
+
+def demo_starts(world: gym.Env, n: int, horizon: int, seed: list[int]) -> Tensor:
+    """All observations [rows, obs_dim] of n trips of the world's scripted expert to the goals in turn."""
+    rng, visited = np.random.default_rng(seed), []
+    for trip in range(n):
+        state, goal = world.start_states(1, rng)[0], world.goals[trip % len(world.goals)]
+        for _ in range(horizon):
+            visited.append(torch.cat([state, goal]))
+            state = world.transition(state, world.expert(state, goal, rng))
+            if world.success(state, goal):
+                break
+    return torch.stack(visited).float()
+
+
+class Transitions(NamedTuple):
+    """Without terminations: nothing but the time limit ends an episode."""
+
+    obs: Tensor  # [batch, obs_dim]: state and goal
     actions: Tensor  # [batch, act_dim], in [-1, 1]
     rewards: Tensor  # [batch]
     next_obs: Tensor  # [batch, obs_dim]
-    terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def scripted_demos(world: gym.Env, n: int, seed: int, device: str) -> tuple[Batch, Batch]:
-    """D_f and D_b: n trips of the world's expert from a start to the goals in turn, and n back. Success ends each."""
-    rng, directions = np.random.default_rng([seed, 2]), ([], [])
-    for i in range(n):
-        state, home = world.start_states(2, rng)
-        for goal, trips in zip((world.goals[i % len(world.goals)], world.as_goal(home)), directions, strict=True):
-            done, first = False, len(trips)
-            while not done:
-                if len(trips) - first == 10_000:
-                    raise SystemExit(f"{SCRIPT}.py: the expert does not reach {goal.tolist()} in 10,000 steps")
-                action = world.expert(state, goal, rng).float()
-                next_state = world.transition(state, action.to(state))
-                reward, done = world.reward(next_state, goal), world.success(next_state, goal)
-                trips.append(Batch(torch.cat([state, goal]), action, reward, torch.cat([next_state, goal]), done))
-                state = next_state
-    return tuple(Batch(*(torch.stack(x).float().to(device) for x in zip(*trips, strict=True))) for trips in directions)
-
-
-def concat(*batches: Batch, dim: int = 0) -> Batch:
-    return Batch(*(torch.cat(fields, dim) for fields in zip(*batches, strict=True)))
-
-
-def sample(data: Batch, *shape: int) -> Batch:
-    """Transitions [*shape, ...], uniformly with replacement."""
-    index = torch.randint(len(data.obs), (math.prod(shape),), device=data.obs.device)
-    return Batch(*(field.index_select(0, index).unflatten(0, shape) for field in data))
+def join(parts: list[Transitions]) -> Transitions:
+    """One after the other."""
+    return Transitions(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 # -------------------------------------------------------------------------------------------------- networks
-class EnsembleMLP(nn.Module):
-    """`n` independent MLPs in one: [n, batch, sizes[0]] -> [n, batch, sizes[-1]]. The output layer stays float32."""
+class ParallelMLP(nn.Module):
+    """`n` independent MLPs: [n, batch, sizes[0]], or [batch, sizes[0]] for all of them, -> [n, batch, sizes[-1]]."""
 
     def __init__(self, n: int, sizes: list[int], activation=F.relu, layer_norm: bool = False):
         super().__init__()
@@ -135,32 +126,13 @@ class EnsembleMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         *hidden, (last_weight, last_bias) = zip(self.weights, self.biases, strict=True)
+        x = x.expand(len(last_weight), -1, -1)
         for weight, bias in hidden:
-            x = torch.bmm(x, weight)
-            x = x + bias.to(x.dtype)  # under autocast a float32 bias would undo bfloat16
-            x = self.activation(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
-        with torch.autocast(x.device.type, enabled=False):  # in forms that a CPU does quickly for few outputs
-            x, weight = x.to(last_weight.dtype), last_weight.mT
-            return ((x * weight).sum(-1, keepdim=True) if weight.shape[1] == 1 else (weight @ x.mT).mT) + last_bias
-
-
-class Normaliser(nn.Module):
-    """Standardises inputs; the identity until it is fitted."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("std", torch.ones(dim))
-
-    def fit(self, *sources: Tensor) -> None:
-        """To data sets [n, dim] that all count the same, whatever their sizes."""
-        mean = torch.stack([x.mean(0) for x in sources]).mean(0)
-        std = torch.stack([(x - mean).square().mean(0) for x in sources]).mean(0).sqrt()
-        self.mean.copy_(mean)
-        self.std.copy_(torch.where(std < 1e-6, 1.0, std))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+            x = torch.baddbmm(bias, x, weight)
+            if self.layer_norm:
+                x = F.layer_norm(x, x.shape[-1:])
+            x = self.activation(x)
+        return torch.baddbmm(last_bias, x, last_weight)
 
 
 class Actor(nn.Module):
@@ -168,342 +140,229 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        self.net = EnsembleMLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
+        self.net = ParallelMLP(1, [obs_dim, *hidden_sizes, 2 * act_dim])
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation before the tanh, [batch, act_dim] each."""
-        mean, log_std = self.net(obs[None])[0].chunk(2, -1)
+        mean, log_std = self.net(obs)[0].chunk(2, -1)
         return mean, log_std.clamp(-20, 2)
 
-    def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions [batch, act_dim] from standard normal noise [batch, act_dim], and their log-probabilities [batch]."""
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions [batch, act_dim] and their log-probabilities [batch]."""
         mean, log_std = self(obs)
+        noise = torch.randn_like(mean)
         raw = mean + log_std.exp() * noise
         log_prob = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
         log_prob = log_prob - 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2), without overflow
         return raw.tanh(), log_prob.sum(-1)
 
-    @torch.no_grad()
-    def act(self, obs: np.ndarray, deterministic: bool = False) -> np.ndarray:
-        """Action [act_dim] at an observation [obs_dim]."""
-        mean, log_std = self(torch.as_tensor(obs, device=self.net.weights[0].device)[None])
-        raw = mean if deterministic else mean + log_std.exp() * torch.randn_like(mean)
-        return raw.tanh()[0].cpu().numpy()
 
-
-class Critic(nn.Module):
-    """Twin Q functions: [2, batch]."""
-
-    def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...], layer_norm: bool):
-        super().__init__()
-        self.net = EnsembleMLP(2, [obs_dim + act_dim, *hidden_sizes, 1], layer_norm=layer_norm)
-
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat([obs, actions], -1).expand(2, -1, -1)).squeeze(-1)
-
-
-class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
-
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
-        self.mean = [torch.zeros_like(p) for p in self.params]
-        self.square = [torch.zeros_like(p) for p in self.params]
-        self.t = torch.zeros((), device=self.params[0].device)
-        self.scale = torch.zeros_like(self.t)
-
-    @torch.no_grad()
-    def step(self, grads) -> None:
-        if self.weight_decay:
-            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
-        self.t += 1
-        torch._foreach_lerp_(self.mean, grads, 0.1)
-        torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
-        root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
-        torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
-
-
-class Agent(nn.Module):
+class Agent:
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
-        super().__init__()
         self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
-        self.critic = Critic(obs_dim, act_dim, args.hidden_sizes, layer_norm=True)
+        self.critic = ParallelMLP(2, [obs_dim + act_dim, *args.hidden_sizes, 1], layer_norm=True)  # twin Q functions
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
         self.target_entropy = -act_dim / 2
-        self.to(args.device)
-        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr)
-        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr)
-        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.actor_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.critic_lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], args.alpha_lr, fused=True)
 
 
-class EnsembleDynamics(nn.Module):
-    """Probabilistic ensemble (PETS, MBPO): each member predicts a Gaussian over next_obs - obs."""
+class WorldModel(nn.Module):
+    """Probabilistic ensemble (PETS, MBPO): each member predicts a Gaussian over the change of the state, and over the
+    reward of having arrived there if it is learned."""
 
-    def __init__(self, obs_dim: int, act_dim: int, args: Args):
+    def __init__(self, inputs: Tensor, targets: Tensor, args: Args):
+        """For data inputs [n, state_dim + act_dim] and targets [n, outputs]."""
         super().__init__()
-        self.net = EnsembleMLP(args.model_members, [obs_dim + act_dim, *args.model_hidden_sizes, 2 * obs_dim], F.silu)
+        sizes = [inputs.shape[1], *args.model_hidden_sizes, 2 * targets.shape[1]]
+        self.net = ParallelMLP(args.model_members, sizes, F.silu)
         for weight in self.net.weights:
             std = 0.5 * weight.shape[1] ** -0.5
             nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-        self.normalise = Normaliser(obs_dim + act_dim)
-        self.register_buffer("elites", torch.arange(args.model_elites))
-        self.to(args.device)
-        self.optimizer = Adam(self.net.parameters(), args.model_lr, weight_decay=5e-5)
+        self.input_mean, self.input_std = inputs.mean(0), inputs.std(0) + 1e-6
+        self.elites = torch.arange(args.model_elites)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance [members, batch, obs_dim] of inputs [members, batch, obs_dim + act_dim]."""
-        mean, log_var = self.net(self.normalise(inputs)).chunk(2, -1)
+        """Mean and log-variance [members, batch, outputs] of inputs [members or none, batch, state_dim + act_dim]."""
+        mean, log_var = self.net((inputs - self.input_mean) / self.input_std).chunk(2, -1)
         log_var = 0.5 - F.softplus(0.5 - log_var)  # smoothly between -10 and 0.5
         return mean, F.softplus(log_var + 10) - 10
 
-    def elites_forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """As forward, of the elites alone: [elites, batch, ...]."""
-        params = {name: param[self.elites] for name, param in self.named_parameters()}
-        return torch.func.functional_call(self, params, (inputs,))
-
-    @torch.no_grad()
-    def sample(self, obs: Tensor, actions: Tensor, noise: bool) -> Tensor:
-        """next_obs [batch, obs_dim]; the elites share the rows out at random, in equal parts (TS1)."""
-        n, k = len(obs), len(self.elites)
-        order = torch.randperm(n, device=obs.device)
-        shares = order[torch.arange(-(-n // k) * k, device=obs.device) % n].view(k, -(-n // k))
-        mean, log_var = self.elites_forward(torch.cat([obs, actions], -1)[shares])
-        delta = mean + (0.5 * log_var).exp() * torch.randn_like(mean) if noise else mean
-        return obs + torch.empty_like(obs).index_copy_(0, order, delta.flatten(0, 1)[:n])
+    def sample(self, states: Tensor, actions: Tensor) -> Tensor:
+        """Outputs [batch, outputs]; each row asks one elite, drawn at random (TS1)."""
+        mean, log_var = self(torch.cat([states, actions], -1))
+        rows = torch.arange(len(states))
+        members = self.elites[torch.randint(len(self.elites), (len(states),))]
+        mean, log_var = mean[members, rows], log_var[members, rows]
+        return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
 
 
-# ---------------------------------------------------------------------------------------------------- losses
-def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics (eqs. 5 and 6), and the mean Q value."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
-        with torch.no_grad():
-            next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
-            next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_log_prob
-            target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-        q = agent.critic(batch.obs, batch.actions)
-    return (q - target).square().mean(1).sum(), q.detach().mean()
+# ----------------------------------------------------------------------------------------------------- SAC
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One gradient step."""
+    optimizer.zero_grad()
+    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.step()
 
 
-def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """alpha log pi(a|s) - Q(s, a) (eq. 9), and the policy's entropy."""
-    with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16):
-        actions, log_prob = agent.actor.sample(batch.obs, noise)
-        q = agent.critic(batch.obs, actions).amin(0)
-    return (agent.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
+def sac_update(agent: Agent, batch: Transitions, args: Args) -> tuple[Tensor, Tensor]:
+    """One gradient step of critics, actor and temperature, and of the target critics. Returns the first two losses."""
+    alpha = agent.log_alpha.exp().detach()
+    with torch.no_grad():
+        next_actions, next_log_prob = agent.actor.sample(batch.next_obs)
+        next_q = agent.target_critic(torch.cat([batch.next_obs, next_actions], -1)).squeeze(-1).amin(0)
+        target = batch.rewards + args.gamma * (next_q - alpha * next_log_prob)
+    q = agent.critic(torch.cat([batch.obs, batch.actions], -1)).squeeze(-1)  # [2, batch]
+    critic_loss = (q - target).square().mean(1).sum()
+    descend(agent.critic_optimizer, critic_loss)
 
+    actions, log_prob = agent.actor.sample(batch.obs)
+    q = agent.critic(torch.cat([batch.obs, actions], -1)).squeeze(-1).amin(0)
+    actor_loss = (alpha * log_prob - q).mean()
+    descend(agent.actor_optimizer, actor_loss)
 
-def dynamics_loss(dynamics: EnsembleDynamics, inputs: Tensor, targets: Tensor, args: Args) -> Tensor:
-    """Gaussian negative log-likelihood, summed over members."""
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.bf16):
-        mean, log_var = dynamics(inputs)
-    return ((mean - targets).square() * (-log_var).exp() + log_var).mean((1, 2)).sum()
-
-
-@torch.no_grad()
-def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau source"""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-def sac_update(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """One gradient step of critics, actor and temperature, and of the target critics.
-
-    noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions. Returns metrics.
-    """
-    q_loss, q = critic_loss(agent, batch, noise[0], args)
-    agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
-    pi_loss, entropy = actor_loss(agent, batch, noise[1], args)
-    agent.actor_optimizer.step(torch.autograd.grad(pi_loss, agent.actor_optimizer.params))
-    agent.alpha_optimizer.step([entropy - agent.target_entropy])  # eq. 18, without the factor alpha
-    polyak(agent.target_critic, agent.critic, args.tau)
-    metrics = dict(critic=q_loss, actor=pi_loss, q=q, entropy=entropy, alpha=agent.log_alpha.exp())
-    return {f"losses/{name}": value.detach() for name, value in metrics.items()}
-
-
-def dynamics_update(dynamics: EnsembleDynamics, inputs: Tensor, targets: Tensor, args: Args) -> None:
-    """One gradient step of all members, on inputs and targets [members, batch, ...]."""
-    loss = dynamics_loss(dynamics, inputs, targets, args)
-    dynamics.optimizer.step(torch.autograd.grad(loss, dynamics.optimizer.params))
-
-
-def compiled(function):
-    torch._dynamo.config.trace_autograd_ops = True  # losses, gradients and optimiser steps in one graph
-    return torch.compile(function, dynamic=False)
+    entropy = -log_prob.detach().mean()
+    descend(agent.alpha_optimizer, agent.log_alpha * (entropy - agent.target_entropy))
+    for target_weight, weight in zip(agent.target_critic.parameters(), agent.critic.parameters(), strict=True):
+        target_weight.data.lerp_(weight.data, args.tau)
+    return critic_loss, actor_loss
 
 
 # ----------------------------------------------------------------------------------------------------- model
-def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, limit: int, args: Args) -> float:
-    """Fits each member to its own bootstrap of the data, drawn in proportion to weights [n].
+def train_model(model: WorldModel, inputs: Tensor, targets: Tensor, args: Args) -> float:
+    """Fits each member to its own bootstrap of the data, inputs [n, state_dim + act_dim] and targets [n, outputs].
 
-    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. The fit also ends
-    after `limit` minibatches. Returns the held-out error.
+    A fifth is held out: it picks the epoch whose weights are kept, and the elites. Returns the error on it.
     """
-    inputs, targets = torch.cat([data.obs, data.actions], -1), data.next_obs - data.obs
-    dynamics.normalise.fit(inputs)
-    order = torch.randperm(len(inputs), device=inputs.device)
-    held_out, train = order[: len(order) // 5], order[len(order) // 5 :]
-    draws = torch.multinomial(weights[train].expand(args.model_members, -1), len(train), replacement=True)
-
-    @torch.no_grad()
-    def validate() -> Tensor:  # [members]
-        mean, _ = dynamics(inputs[held_out].expand(args.model_members, -1, -1))
-        errors = (mean - targets[held_out]).square().mean(-1)
-        return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
-
-    best_error, best_net = validate(), dynamics.net.state_dict()  # no copy: the trained weights, if none are better
-    batches = epochs_since_best = 0
-    while batches < limit and epochs_since_best < args.model_patience:
-        for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):
-            if len(columns) < args.model_batch_size or batches == limit:
-                break
-            rows = train[draws[:, columns]]  # [members, batch]
-            update(dynamics, inputs[rows], targets[rows], args)
-            batches += 1
-        error = validate()
-        epochs_since_best += 1
-        if (error < 0.99 * best_error).any():
-            best_error, epochs_since_best = torch.minimum(error, best_error), 0
-            best_net = copy.deepcopy(dynamics.net.state_dict())
-    dynamics.net.load_state_dict(best_net)
-    dynamics.elites.copy_(best_error.argsort()[: args.model_elites])
+    held_out, train = torch.randperm(len(inputs)).tensor_split([len(inputs) // 5])
+    bootstrap = train[torch.randint(len(train), (args.model_members, len(train)))]
+    epoch = max(1, len(train) // args.model_batch_size)  # minibatches
+    optimizer = torch.optim.Adam(model.parameters(), args.model_lr, weight_decay=5e-5, fused=True)
+    best_error = torch.full((args.model_members,), math.inf)
+    for step in range(1, args.model_batches + 1):
+        rows = bootstrap[:, torch.randint(len(train), (args.model_batch_size,))]  # [members, batch]
+        mean, log_var = model(inputs[rows])
+        loss = (mean - targets[rows]).square() * (-log_var).exp() + log_var  # negative log-likelihood, Gaussian
+        descend(optimizer, loss.mean((1, 2)).sum())
+        if step % epoch == 0 or step == args.model_batches:
+            with torch.no_grad():
+                mean, _ = model(inputs[held_out])
+            error = (mean - targets[held_out]).square().mean((1, 2))  # [members]
+            if (error < 0.99 * best_error).any():
+                best_error = torch.minimum(error, best_error)
+                best_weights = copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_weights)
+    model.elites = best_error.argsort()[: args.model_elites]
     return best_error.mean().item()
 
 
-def physical(data: Batch, state_dim: int, reward_head: bool) -> Batch:
-    """Transitions without their goals. For a reward head the reward is one more entry of the state, from 0 to r."""
-    obs, next_obs = data.obs[:, :state_dim], data.next_obs[:, :state_dim]
-    if reward_head:
-        obs, next_obs = F.pad(obs, (0, 1)), torch.cat([next_obs, data.rewards[:, None]], -1)
-    return data._replace(obs=obs, next_obs=next_obs)
-
-
 @torch.no_grad()
-def imagine_goals(
-    dynamics: EnsembleDynamics, world: gym.Env, actor: Actor, obs: Tensor, length: int, success_ends: bool, args: Args
-) -> Batch:
-    """Rolls the policy out in the model from obs [n, obs_dim], whose goals stay. Rewards are the forward policy's."""
-    state_dim, act_dim = obs.shape[1] - world.goals.shape[1], world.action_space.shape[0]
-    learned, steps = args.reward == "learned", []
+def open_loop_errors(model: WorldModel, world: gym.Env, rng: np.random.Generator, args: Args) -> dict[str, float]:
+    """Root mean square error of the elites' mean after 1 step and after each length, along 1,000 trajectories of random
+    actions from uniform states, in standard deviations over the true states until then."""
+    states = [world.uniform_states(1_000, rng).float()]
+    predicted, errors = states[0], {}
+    for k in range(1, max(args.lengths) + 1):
+        actions = torch.empty(1_000, world.action_space.shape[0]).uniform_(-1, 1)
+        states.append(world.transition(states[-1], actions))
+        mean, _ = model(torch.cat([predicted, actions], -1))
+        predicted = predicted + mean[model.elites].mean(0)[:, : predicted.shape[1]]
+        if k in (1, *args.lengths):
+            error = (predicted - states[-1]) / torch.cat(states).std(0)
+            errors[f"error_{k}_steps"] = error.square().mean().sqrt().item()
+    return errors
+
+
+def learn_model(world: gym.Env, size: int, args: Args) -> tuple[WorldModel, dict[str, float]]:
+    """A model of `size` uniformly drawn transitions, and its errors."""
+    rng = np.random.default_rng([args.seed, size])
+    states = world.uniform_states(size, rng).float()
+    actions = torch.empty(size, world.action_space.shape[0]).uniform_(-1, 1)
+    next_states = world.transition(states, actions)
+    inputs, targets = torch.cat([states, actions], -1), next_states - states
+    if args.reward == "learned":
+        rewards = world.reward(next_states, world.goals[0].float())
+        targets = torch.cat([targets, rewards[:, None]], -1)
+    model = WorldModel(inputs, targets, args)
+    hold_out_mse = train_model(model, inputs, targets, args)
+    return model, dict(hold_out_mse=hold_out_mse) | open_loop_errors(model, world, rng, args)
+
+
+# ----------------------------------------------------------------------------------------------------- policy
+@torch.no_grad()
+def roll_out(model: WorldModel, world: gym.Env, actor: Actor, obs: Tensor, length: int, args: Args) -> Transitions:
+    """Imagined transitions [length * n] of the policy from obs [n, obs_dim], whose goals stay."""
+    steps = []
     for _ in range(length):
-        states, goals = obs[:, :state_dim], obs[:, state_dim:]
-        actions, _ = actor.sample(obs, torch.randn(len(obs), act_dim, device=obs.device))
-        predicted = dynamics.sample(F.pad(states, (0, int(learned))), actions, noise=True)
-        next_states = predicted[:, :state_dim]
-        next_states = world.project(next_states) if args.snap else next_states
-        rewards = predicted[:, -1] if learned else world.reward(next_states, goals)
-        next_obs, done = torch.cat([next_states, goals], -1), world.success(next_states, goals).bool() & success_ends
-        finite = next_obs.isfinite().all(-1) & rewards.isfinite()
-        steps.append(Batch(*(column[finite] for column in (obs, actions, rewards, next_obs, done.float()))))
-        obs = next_obs[finite & ~done]
-    return concat(*steps)
+        states, goals = obs.tensor_split([-world.goals.shape[1]], -1)
+        actions, _ = actor.sample(obs)
+        predicted = model.sample(states, actions)
+        next_states = states + predicted[:, : states.shape[1]]
+        if args.snap:
+            next_states = world.project(next_states)
+        rewards = predicted[:, -1] if args.reward == "learned" else world.reward(next_states, goals)
+        next_obs = torch.cat([next_states, goals], -1)
+        steps.append(Transitions(obs, actions, rewards, next_obs))
+        obs = next_obs
+    return join(steps)
+
+
+def learn_policy(world: gym.Env, model: WorldModel, starts: Tensor, length: int, args: Args) -> Actor:
+    """SAC on imagined transitions alone, which bootstrap at the end of their rollouts. starts [n, obs_dim]."""
+    agent = Agent(starts.shape[1], world.action_space.shape[0], args)
+    rounds = []
+    for step in range(args.updates):
+        if step % args.rollout_every == 0:
+            rows = torch.randint(len(starts), (args.rollout_transitions // length,))
+            rounds.append(roll_out(model, world, agent.actor, starts[rows], length, args))
+            imagined = join(rounds[-args.rollout_retain :])
+        rows = torch.randint(len(imagined.obs), (args.batch_size,))
+        batch = Transitions(*(column[rows] for column in imagined))
+        losses = sac_update(agent, batch, args)
+    if not all(loss.isfinite() for loss in losses):
+        raise SystemExit(f"{SCRIPT}.py: losses of critics and actor are not finite: {losses}")
+    return agent.actor
 
 
 @torch.no_grad()
-def open_loop_error(dynamics: EnsembleDynamics, states: Tensor, actions: Tensor) -> float:
-    """Root mean square error at the end of true trajectories, states [k + 1, n, state_dim] and actions [k, n, act_dim],
-    in standard deviations over the states."""
-    predicted, state_dim = states[0], states.shape[-1]
-    head = len(dynamics.normalise.mean) - state_dim - actions.shape[-1]  # 1 if it predicts rewards
-    for action in actions:
-        inputs = torch.cat([F.pad(predicted, (0, head)), action], -1)
-        change, _ = dynamics.elites_forward(inputs.expand(len(dynamics.elites), -1, -1))
-        predicted = predicted + change.mean(0)[:, :state_dim]
-    error = (predicted - states[-1]) / states.flatten(0, 1).std(0)
-    return error.square().mean().sqrt().item()
-
-
-# ------------------------------------------------------------------------------------- evaluation and logging
-@torch.no_grad()
-def evaluate_goals(actor: Actor, world: gym.Env, episodes: int, horizon: int, seed: list[int]) -> dict[str, float]:
-    """Deterministic episodes of the true reward from the task's starts, the goals in turn, all in lock step. Success is
-    success at any step. Draws no random numbers from the training run's generator."""
-    device, states = actor.net.weights[0].device, world.start_states(episodes, np.random.default_rng(seed))
-    goals = world.goals[torch.arange(episodes) % len(world.goals)]
-    returns, success = torch.zeros(episodes, dtype=states.dtype), torch.zeros(episodes, dtype=torch.bool)
+def evaluate_policy(actor: Actor, world: gym.Env, obs: Tensor, horizon: int) -> dict[str, float]:
+    """Deterministic episodes of the true reward from obs [n, obs_dim], all at once. Success is success at any step."""
+    states, goals = obs.tensor_split([-world.goals.shape[1]], -1)
+    rewards, successes = [], []
     for _ in range(horizon):
-        mean, _ = actor(torch.cat([states, goals], -1).float().to(device))
-        states = world.transition(states, mean.tanh().cpu().to(states))
-        returns += world.reward(states, goals)
-        success |= world.success(states, goals)
-    result = dict(return_mean=returns.mean(), return_std=returns.std(correction=0), length_mean=horizon)
-    result |= dict(success_rate=success.double().mean(), final_distance=world.distance(states, goals).mean())
-    result |= dict(success_at_end=world.success(states, goals).double().mean())
-    return {f"eval_{name}": float(value) for name, value in result.items()}
-
-
-def open_run(args: Args) -> tuple[Path, dict]:
-    """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
-    if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
-    run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
-    for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
-        new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name != "run_dir" and not (name == "total_timesteps" and new > old):
-            raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
-    status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
-    about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
-    about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    file.write_text(json.dumps(about, indent=2))
-    if not (run_dir / "checkpoint.pt").exists():
-        return run_dir, {}
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
-    torch.set_rng_state(state["rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
-    return run_dir, state
+        mean, _ = actor(torch.cat([states, goals], -1))
+        states = world.transition(states, mean.tanh())
+        rewards.append(world.reward(states, goals))
+        successes.append(world.success(states, goals))
+    returns = torch.stack(rewards).sum(0)
+    return dict(
+        eval_return_mean=returns.mean().item(),
+        eval_return_std=returns.std(correction=0).item(),
+        eval_length_mean=horizon,
+        eval_success_rate=torch.stack(successes).any(0).float().mean().item(),
+        eval_final_distance=world.distance(states, goals).mean().item(),
+        eval_success_at_end=successes[-1].float().mean().item(),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- study
-def fit(world: gym.Env, size: int, update, args: Args) -> tuple[EnsembleDynamics, dict[str, float]]:
-    """A model of `size` uniformly drawn transitions, and its errors, on held-out ones and along random actions."""
-    rng, act_dim, goal = np.random.default_rng([args.seed, size, 5]), world.action_space.shape[0], world.goals[0]
-    torch.manual_seed(int(rng.integers(2**31)))
-    states, actions = world.uniform_states(size, rng), torch.from_numpy(rng.uniform(-1, 1, (size, act_dim)))
-    next_states = world.transition(states, actions)
-    rewards = world.reward(next_states, goal)
-    data = Batch(states, actions, rewards, next_states, torch.zeros(size))
-    data = Batch(*(column.float().to(args.device) for column in data))
-    learned = args.reward == "learned"
-    data = physical(data, states.shape[1], learned)
-    dynamics = EnsembleDynamics(states.shape[1] + learned, act_dim, args)
-    hold_out = fit_dynamics(dynamics, update, data, torch.ones_like(data.rewards), args.model_batches, args)
-
-    way, forces = [world.uniform_states(1_000, rng)], rng.uniform(-1, 1, (max(args.lengths), 1_000, act_dim))
-    forces = torch.from_numpy(forces)
-    for force in forces:
-        way.append(world.transition(way[-1], force))
-    way, forces = torch.stack(way).float().to(args.device), forces.float().to(args.device)
-    errors = {f"error_{k}_steps": open_loop_error(dynamics, way[: k + 1], forces[:k]) for k in (1, *args.lengths)}
-    return dynamics, dict(hold_out_mse=hold_out) | errors
-
-
-def learn(
-    world: gym.Env, dynamics: EnsembleDynamics, demos: Batch, start: str, length: int, update, args: Args
-) -> Agent:
-    """SAC on imagined transitions alone, which bootstrap at the end of their rollouts."""
-    obs_dim, act_dim, rounds = demos.obs.shape[1], demos.actions.shape[1], []
-    rng = np.random.default_rng([args.seed, length, 3 + (start == "demo")])
-    torch.manual_seed(int(rng.integers(2**31)))
-    agent, n = Agent(obs_dim, act_dim, args), args.rollout_transitions // length
-    for step in range(args.updates):
-        if step % args.rollout_every == 0:
-            starts = sample(demos, n).obs
-            if start == "narrow":
-                goals = world.goals[rng.integers(len(world.goals), size=n)]
-                starts = torch.cat([world.start_states(n, rng), goals], -1).float().to(args.device)
-            rounds.append(imagine_goals(dynamics, world, agent.actor, starts, length, False, args))
-            imagined = concat(*rounds[-args.rollout_retain :])
-        noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
-        losses = update(agent, sample(imagined, args.batch_size), noise, args)
-    if not all(math.isfinite(value) for value in losses.values()):
-        raise SystemExit(f"{SCRIPT}.py: a loss is not finite: {losses}")
-    return agent
+def open_study(args: Args) -> tuple[Path, list[dict]]:
+    """The run's folder with args.json (settings, versions, commit), and the rows that progress.csv has already."""
+    run_dir = Path(args.run_dir or f"runs/{args.env_id.replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file, table = run_dir / "args.json", run_dir / "progress.csv"
+    settings = json.loads(json.dumps(asdict(args)))
+    before = json.loads(file.read_text())["args"] if file.exists() else settings
+    for name, new in settings.items():
+        old = before.get(name, new)
+        if new != old and name != "run_dir":
+            raise SystemExit(f"{SCRIPT}.py: --{name.replace('_', '-')} was {old} in {run_dir}, now it is {new}")
+    status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
+    about = dict(script=SCRIPT, args=settings, commit=None if status else commit, torch=torch.__version__)
+    file.write_text(json.dumps(about, indent=2))
+    return run_dir, list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
 
 
 def study(args: Args) -> list[dict]:
@@ -514,30 +373,26 @@ def study(args: Args) -> list[dict]:
     world, horizon = env.unwrapped, env.spec.max_episode_steps
     if not hasattr(world, "uniform_states"):
         raise SystemExit(f"{SCRIPT}.py: {args.env_id} has no uniform_states(n, rng); take PointMass2D-v0")
-    demos, _ = scripted_demos(world, args.num_demos, args.seed, args.device)
-    update, update_dynamics = sac_update, dynamics_update
-    if args.compile:
-        update, update_dynamics = compiled(update), compiled(update_dynamics)
-    run_dir, _ = open_run(args)
-    table, rows = run_dir / "progress.csv", []
-    if table.exists():
-        with open(table) as file:
-            rows = list(csv.DictReader(file))
+    narrow = narrow_starts(world, 10_000, [args.seed, 3])
+    starts = dict(narrow=narrow, demo=demo_starts(world, args.num_demos, horizon, [args.seed, 2]))
+    eval_starts = narrow_starts(world, args.eval_episodes, [args.seed, 1])
+    run_dir, rows = open_study(args)
     done = [(int(row["size"]), int(row["rollout_length"]), row["start"]) for row in rows]
-    cells = [cell for cell in product(args.sizes, args.lengths, args.starts) if cell not in done]
-    fitted = None
-    for size, length, start in tqdm(cells, unit="policy"):
-        if size != fitted:
-            fitted, (dynamics, errors) = size, fit(world, size, update_dynamics, args)
-        agent = learn(world, dynamics, demos, start, length, update, args)
-        evaluation = evaluate_goals(agent.actor, world, args.eval_episodes, horizon, [args.seed, 1])
-        cell = dict(seed=args.seed, size=size, rollout_length=length, start=start)
-        rows.append(cell | evaluation | errors)
-        with open(run_dir / "progress.tmp", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(run_dir / "progress.tmp", table)
+    for size in args.sizes:
+        torch.manual_seed(hash((args.seed, size)) % 2**31)  # whatever ran before
+        model, errors = learn_model(world, size, args)
+        for length, start in tqdm(list(product(args.lengths, args.starts)), f"{size:,} transitions", unit="policy"):
+            if (size, length, start) in done:
+                continue
+            torch.manual_seed(hash((args.seed, size, length, start == "demo")) % 2**31)
+            actor = learn_policy(world, model, starts[start], length, args)
+            cell = dict(seed=args.seed, size=size, rollout_length=length, start=start)
+            rows.append(cell | evaluate_policy(actor, world, eval_starts, horizon) | errors)
+            with open(run_dir / "progress.csv", "a", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                if len(rows) == 1:
+                    writer.writeheader()
+                writer.writerow(rows[-1])
     return rows
 
 

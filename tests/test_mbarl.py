@@ -20,6 +20,7 @@ from mbarl import Args, Batch
 from tests.conftest import ROOT
 
 TINY = Args(
+    device="cpu",
     total_timesteps=120, eval_every=120, learning_starts=40, switch_steps=20, num_demos=4,
     hidden_sizes=(8, 8), batch_size=16, eval_episodes=4, classifier_every=1, classifier_batch_size=16,
     model_hidden_sizes=(8, 8), model_every=40, model_first_batches=20, model_batches=5, rollouts_per_step=1,
@@ -340,25 +341,93 @@ STUDY = mbarl_offline.Args(
 )  # fmt: skip
 
 
+def constant_model(world, outputs: int, output: float, args=STUDY) -> mbarl_offline.WorldModel:
+    """Predicts `output` for everything, with the least variance (e^-10)."""
+    state_dim, act_dim = len(world.state), world.action_space.shape[0]
+    model = mbarl_offline.WorldModel(torch.randn(50, state_dim + act_dim), torch.zeros(50, outputs), args)
+    model.net.weights[-1].data.zero_()
+    model.net.biases[-1].data[..., :outputs] = output
+    model.net.biases[-1].data[..., outputs:] = -99
+    return model
+
+
 def test_policies_of_the_study_learn_from_rollouts_of_their_cell(tmp_path, monkeypatch):
-    dreams = watch(monkeypatch, mbarl_offline, "imagine_goals")
+    dreams = watch(monkeypatch, mbarl_offline, "roll_out")
     table = mbarl_offline.study(replace(STUDY, run_dir=str(tmp_path)))
     assert all(row["error_1_steps"] < row["error_5_steps"] for row in table) and len(dreams) == 2 * len(table) == 16
-    demos = as_set(mbarl_offline.scripted_demos(PointMass2D(), 2, 1, "cpu")[0].obs)
-    for k, ((*_, obs, length, _, _), batch, _) in enumerate(dreams):
-        assert len(batch.obs) == 100 and not batch.terminations.any() and length == table[k // 2]["rollout_length"]
+    demos = as_set(mbarl_offline.demo_starts(PointMass2D(), 2, 100, [1, 2]))
+    for k, ((*_, obs, length, _), batch, _) in enumerate(dreams):
+        assert len(batch.obs) == 100 and length == table[k // 2]["rollout_length"]
         near_start = (obs[:, :2] < -0.75).all() and (obs[:, 2:4] == 0).all()
         assert near_start if table[k // 2]["start"] == "narrow" else as_set(obs) <= demos
 
 
+def test_demonstrated_starts_are_trips_to_success():
+    obs = mbarl_offline.demo_starts(PointMass2D(), 3, 100, [1, 2])
+    begins = (obs[:, :2] < -0.7499).all(1) & (obs[:, 2:4] == 0).all(1)
+    assert begins[0] and begins.sum() == 3 and obs[:, :2].min(1).values.max() > 0.65
+    assert not PointMass2D().success(obs[:, :4], obs[:, 4:]).any()
+
+
+@pytest.mark.parametrize("reward", ["analytic", "learned"])
+@pytest.mark.parametrize("snap", [True, False])
+def test_imagined_steps_follow_one_another(reward, snap):
+    """A model that changes all by -0.5 leaves the square from the first step on."""
+    world, args = PointMass2D(), replace(STUDY, reward=reward, snap=snap)
+    obs = mbarl_offline.narrow_starts(world, 30, [1, 3])
+    model = constant_model(world, 5 if reward == "learned" else 4, -0.5, args)
+    batch = mbarl_offline.roll_out(model, world, mbarl_offline.Actor(6, 2, (8,)), obs, 3, args)
+    assert torch.equal(batch.obs[:30], obs) and torch.equal(batch.obs[30:], batch.next_obs[:60])
+    place, goals = batch.next_obs[:, :2], batch.next_obs[:, 4:]
+    assert torch.equal(goals, obs[:, 4:].repeat(3, 1)) and (place < -0.9).all() and (place >= -1).all() == snap
+    expected = world.reward(place, goals) if reward == "analytic" else torch.full((90,), -0.5)
+    assert torch.allclose(batch.rewards, expected, atol=0.05)
+
+
 @pytest.mark.parametrize("head", [0, 1])
 def test_open_loop_error_of_a_constant_model(head):
-    """True steps of 1, predicted steps of 1.5: after 4 steps 2 too far, in units of the standard deviation."""
-    states, dynamics = (
-        torch.randn(1, 50, 3) + torch.arange(5.0)[:, None, None],
-        mbarl_offline.EnsembleDynamics(3 + head, 2, STUDY),
-    )
-    dynamics.net.weights[-1].data.zero_()
-    dynamics.net.biases[-1].data.fill_(1.5)
-    error = mbarl_offline.open_loop_error(dynamics, states, torch.zeros(4, 50, 2))
-    assert error == pytest.approx((2 / states.flatten(0, 1).std(0)).square().mean().sqrt().item(), rel=1e-4)
+    """True steps of 1, predicted steps of 1.5: after k steps k / 2 too far, in units of the standard deviation."""
+    world = PointMass2D()
+    starts = torch.randn(1_000, 4, dtype=torch.float64)
+    world.uniform_states, world.transition = lambda n, rng: starts[:n], lambda states, actions: states + 1
+    model = constant_model(world, 4 + head, 1.5)
+    errors = mbarl_offline.open_loop_errors(model, world, np.random.default_rng(0), STUDY)
+    assert list(errors) == ["error_1_steps", "error_2_steps", "error_5_steps"]
+    states = starts + torch.arange(6.0)[:, None, None]
+    for k in (1, 2, 5):
+        expected = (k / 2 / states[: k + 1].flatten(0, 1).std(0)).square().mean().sqrt().item()
+        assert errors[f"error_{k}_steps"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_fitted_model_knows_mean_and_noise_and_samples_them():
+    torch.manual_seed(0)
+    args = replace(STUDY, model_hidden_sizes=(32,), model_batches=500, model_members=3, model_elites=2, model_lr=5e-3)
+    inputs = torch.randn(4_000, 3) * torch.tensor([1.0, 5.0, 0.2])
+    targets = inputs[:, :2] / inputs.std(0)[:2] + torch.tensor([0.1, 0.3]) * torch.randn(4_000, 2)
+    model = mbarl_offline.WorldModel(inputs, targets, args)
+    error = mbarl_offline.train_model(model, inputs, targets, args)
+    mean, log_var = model(inputs)
+    assert error == pytest.approx((0.1**2 + 0.3**2) / 2, rel=0.15)
+    assert (0.5 * log_var).exp().mean((0, 1)).tolist() == pytest.approx([0.1, 0.3], rel=0.15)
+    assert (mean[0] - mean[1]).abs().max() > 1e-3 and len(set(model.elites.tolist())) == 2
+    states, actions = inputs[:, :2], inputs[:, 2:]
+    assert (model.sample(states, actions) - targets).std(0).tolist() == pytest.approx([0.14, 0.42], rel=0.15)
+
+
+def test_the_study_and_mbarl_learn_the_same_from_a_batch():
+    """mbarl.py's update, its losses and its Adam are the second method. Nothing terminates."""
+    args = replace(TINY, gamma=0.9, tau=0.5, actor_lr=1e-2, critic_lr=1e-2, alpha_lr=1e-2, alpha=0.3)
+    ours, theirs = mbarl_offline.Agent(6, 2, args), mbarl.Agent(6, 2, args)
+    theirs.actor.load_state_dict(ours.actor.state_dict())
+    theirs.critic.net.load_state_dict(ours.critic.state_dict())
+    theirs.target_critic.net.load_state_dict(ours.target_critic.state_dict())
+    obs, actions, rewards, next_obs = torch.randn(16, 6), torch.rand(16, 2), torch.randn(16), torch.randn(16, 6)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        noise = torch.stack([torch.randn(16, 2), torch.randn(16, 2)])
+        metrics = mbarl.sac_update(theirs, Batch(obs, actions, rewards, next_obs, torch.zeros(16)), noise, args)
+        torch.manual_seed(seed)
+        losses = mbarl_offline.sac_update(ours, mbarl_offline.Transitions(obs, actions, rewards, next_obs), args)
+        expected = [metrics["losses/critic"].item(), metrics["losses/actor"].item()]
+        assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-4)
+    assert ours.log_alpha.item() == pytest.approx(theirs.log_alpha.item(), rel=1e-4)
