@@ -79,7 +79,7 @@ class Args:
     buffer_size: int = 200_000
     optimism: float = 0.0  # bonus for disagreement of two models in virtual rewards; negative: a penalty
     virtual_envs: int = 20  # that move side by side in the model
-    virtual_steps: int = 200  # of each for a policy update; also their time limit
+    virtual_steps: int = 200  # of each for a policy update; the last one is cut like a time limit
 
     # Policy (TRPO) and value
     hidden_sizes: tuple[int, ...] = (32, 32)
@@ -303,10 +303,10 @@ class DeltaMLP(nn.Module):
 # ------------------------------------------------------------------------------------------- model and virtual steps
 # V^{pi,M} is the discounted return of pi in M, and M* the truth. If V^{pi,M} is L-Lipschitz and pi is near the policy
 # that collected the data, then V^{pi,M*} >= V^{pi,M} - D(M, pi) (R1), D(M, pi) = gamma / (1 - gamma) L E|M(s, a) - s'|
-# over real steps (R3), which is 0 at M* (R2). Who maximises V^{pi,M} - D(M, pi) over M and pi near the last policy
-# never gets worse: V^{new,M*} >= V^{new,M} - D(M, new) >= V^{last,M*} - D(M*, last) = V^{last,M*}, first by R1, then
-# since (last, M*) was a candidate, then by R2. SLBO climbs it in turns (eq. 6.2): V by TRPO in a model that stands
-# still, -D by Adam on the H-step loss; the weight lambda between them does not matter then.
+# over real steps (R3), up to the policies' distance. D is 0 at M* (R2). Who maximises V^{pi,M} - D(M, pi) over pi near
+# the last policy and over models, M* among them, never gets worse: V^{new,M*} >= V^{new,M} - D(M, new) >= V^{last,M*} -
+# D(M*, last) = V^{last,M*}, by R1, since (last, M*) was a candidate, and by R2. SLBO climbs in turns (eq. 6.2): V by
+# TRPO in a model that stands still, -D by Adam on the H-step loss; the weight lambda between them does not matter then.
 def model_loss(dynamics: DeltaMLP, steps: Steps, args: Args) -> Tensor:
     """H-step loss (eq. 6.1) on stretches [members, batch, H, ...]: mean length of the errors along predicted paths.
 
@@ -318,7 +318,9 @@ def model_loss(dynamics: DeltaMLP, steps: Steps, args: Args) -> Tensor:
     for i in range(args.horizon):
         obs = torch.where(ends[:, :, i - 1], steps.obs[:, :, i], next_obs) if i else next_obs
         next_obs = dynamics(obs, steps.actions[:, :, i])
-        drift = obs - steps.obs[:, :, i] if args.model_target == "delta" else 0.0  # the official code forgives it
+        drift = (
+            obs - steps.obs[:, :, i] if args.model_target == "delta" else 0.0
+        )  # so far; the official code subtracts it
         square = ((next_obs - drift - steps.next_obs[:, :, i]) / scale).square().mean(-1)
         length = (square + 1e-12).sqrt() if args.loss == "l2" else square
         loss = loss + length.mean(1).sum() / args.horizon
@@ -346,7 +348,7 @@ def virtual_step(actor: Actor, dynamics: DeltaMLP, obs: Tensor, noise: Tensor) -
 
 
 def virtual_rollout(step, actor: Actor, dynamics: DeltaMLP, task: KnownTask, starts: Tensor, args: Args) -> Steps:
-    """Steps [virtual_steps, virtual_envs, ...] in the model, from some of `starts` [n, obs_dim]; ends begin again."""
+    """Steps [virtual_steps, virtual_envs, ...] in the model; robots begin, also anew, at random `starts` [n, obs_dim]."""
     shape, rows = (args.virtual_steps, args.virtual_envs), []
     noise = torch.randn(*shape, len(actor.log_std), device=starts.device)
     fresh = starts[torch.randint(len(starts), shape, device=starts.device)]
@@ -443,7 +445,7 @@ def conjugate_gradient(product, target: Tensor, iterations: int, tolerance: floa
 
 
 def trpo_update(actor: Actor, fisher, obs: Tensor, actions: Tensor, advantages: Tensor, coef: float, args: Args):
-    """A step along the natural gradient on steps [n, ...], as far as max_kl, halved until the gain rises. Metrics."""
+    """A step along the natural gradient on steps [n, ...], halved until gain and divergence allow it. Metrics."""
     params = dict(actor.named_parameters())
     with torch.no_grad():
         old = [x.clone() for x in actor(obs)]
@@ -673,7 +675,7 @@ def train(args: Args) -> list[dict]:
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
     update_model, step_virtually = compiled(dynamics_step, args), compiled(virtual_step, args)
     fisher, update_value = compiled(fisher_product, args), compiled(value_update, args)
-    rounds, more = (1, args.rounds) if args.algo == "mb-trpo" else (args.rounds, 1)
+    rounds, times_more = (1, args.rounds) if args.algo == "mb-trpo" else (args.rounds, 1)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
     (obs, _), stage = env.reset(seed=hash((args.seed, start_step)) % 2**31), []
     if not np.array_equal(obs, state.get("obs", obs)):
@@ -731,10 +733,10 @@ def train(args: Args) -> list[dict]:
             seeds = [hash((args.seed, step, i)) % 2**31 for i in range(1_000)]
             starts = torch.as_tensor(np.array([eval_env.reset(seed=seed)[0] for seed in seeds]), device=args.device)
             for _ in range(rounds):  # each policy update gets fresh steps of the current policy in the current model
-                for _ in range(more * args.model_updates):
+                for _ in range(times_more * args.model_updates):
                     batch = stretches(replay, dynamics.members, args.model_batch_size // args.horizon, args.horizon)
                     metrics["losses/model"] = update_model(dynamics, batch, args)
-                for _ in range(more * args.policy_updates):
+                for _ in range(times_more * args.policy_updates):
                     steps = virtual_rollout(step_virtually, actor, dynamics, task, starts, args)
                     metrics |= policy_update(actor, value, fisher, update_value, steps, coef, args)
 
