@@ -348,7 +348,7 @@ def virtual_step(actor: Actor, dynamics: DeltaMLP, obs: Tensor, noise: Tensor) -
 
 
 def virtual_rollout(step, actor: Actor, dynamics: DeltaMLP, task: KnownTask, starts: Tensor, args: Args) -> Steps:
-    """Steps [virtual_steps, virtual_envs, ...] in the model; robots begin, also anew, at random `starts` [n, obs_dim]."""
+    """Steps [virtual_steps, virtual_envs, ...] in the model; robots start, also anew, at random `starts` [n, dim]."""
     shape, rows = (args.virtual_steps, args.virtual_envs), []
     noise = torch.randn(*shape, len(actor.log_std), device=starts.device)
     fresh = starts[torch.randint(len(starts), shape, device=starts.device)]
