@@ -8,8 +8,7 @@ current cost. So the policy only has to compete with the expert. --algo picks on
     python hype.py --env-id Hopper-v4 --bf16               # faster on a CPU with bfloat16 (see lscpu)
     python hype.py --env-id Hopper-v4 --run-dir runs/a     # the same command again continues an interrupted run
 
-Expected with ten demonstrations: Hopper-v4 at the expert's return after 35,000 real steps (7 minutes on one core),
-Ant-v4 at 90% after 35,000 (8 minutes). Where this differs from the authors' code, and why: docs/hype.md
+Expected with ten demonstrations: Hopper-v4 at the expert's return after 35,000 real steps. More: docs/hype.md
 """
 
 import copy
@@ -389,10 +388,8 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 def sac_update(agent: Agent, batch: Batch, expert: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """One gradient step of critics, actor and temperature, and of the target critics.
-
-    noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions. Returns metrics.
-    """
+    """One gradient step of critics, actor and temperature, and of the target critics. Returns metrics.
+    noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions."""
     q_loss, q = critic_loss(agent, batch, noise[0], args)
     agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
     pi_loss, entropy = actor_loss(agent, batch, expert, noise[1], args)

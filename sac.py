@@ -246,10 +246,8 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 def sac_update(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """One gradient step of critics, actor and temperature, and of the target critics.
-
-    noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions. Returns metrics.
-    """
+    """One gradient step of critics, actor and temperature, and of the target critics. Returns metrics.
+    noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions."""
     q_loss, q = critic_loss(agent, batch, noise[0], args)
     agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
     pi_loss, entropy = actor_loss(agent, batch, noise[1], args)
