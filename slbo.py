@@ -318,9 +318,7 @@ def model_loss(dynamics: DeltaMLP, steps: Steps, args: Args) -> Tensor:
     for i in range(args.horizon):
         obs = torch.where(ends[:, :, i - 1], steps.obs[:, :, i], next_obs) if i else next_obs
         next_obs = dynamics(obs, steps.actions[:, :, i])
-        drift = (
-            obs - steps.obs[:, :, i] if args.model_target == "delta" else 0.0
-        )  # so far; the official code subtracts it
+        drift = obs - steps.obs[:, :, i] if args.model_target == "delta" else 0.0  # so far, which the code subtracts
         square = ((next_obs - drift - steps.next_obs[:, :, i]) / scale).square().mean(-1)
         length = (square + 1e-12).sqrt() if args.loss == "l2" else square
         loss = loss + length.mean(1).sum() / args.horizon
