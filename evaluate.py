@@ -48,6 +48,8 @@ def main(args: Args) -> None:
     if args.video:
         folder = args.policy if args.policy.is_dir() else Path()
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda episode: True)
+    if "task" in policy:  # that of a sequence which the policy is for
+        env.unwrapped.task = policy["task"]
     actor = script.Actor(*policy["sizes"])
     actor.load_state_dict(policy["actor"])
     torch.manual_seed(args.seed)

@@ -322,7 +322,9 @@ def test_recording_starts_where_training_never_does():
     assert evaluate.Args(Path()).seed >= 2**31 > hash((2**63, 10**9)) % 2**31
 
 
-@pytest.mark.parametrize("script", [script for script in COMMANDS if script not in ("mbarl", "bc", "slbo")])
+@pytest.mark.parametrize(
+    "script", [script for script in COMMANDS if script not in ("mbarl", "bc") and "slbo" not in script]
+)
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(script, demos, tmp_path):
     """From step 160 on the step sizes are absurd; a loss is looked at every 100 steps and before each checkpoint."""
     data = f"--demos {demos} --num-demos 5" if script != "sac" else ""

@@ -16,8 +16,8 @@ import tyro
 
 from tests.conftest import ROOT
 
-LINES = dict(sac=400, hyper=740, hype=577, sac_eo=560, bco_baseline=450, mbarl=800, sra_offline=850, hyper_paper=700)
-LINES |= dict(offline_baselines=700, slbo=700)
+LINES = dict(sac=400, hyper=740, hype=574, sac_eo=556, bco_baseline=450, mbarl=800, sra_offline=850, hyper_paper=700)
+LINES |= dict(offline_baselines=700, slbo=700, slbo_multitask=750)
 LINES = {name: lines + 56 for name, lines in LINES.items()}  # for the block "compiler and GPU"
 LINES |= dict(vins=600, mbarl_offline=400, bc=330, evaluate=110)
 FLAGS = 50
