@@ -1,4 +1,6 @@
-"""The worlds without resets: EARL's tabletop, the point mass, the maze."""
+"""The worlds without resets: EARL's tabletop, the point mass, the maze; and ants in mazes."""
+
+import math
 
 import gymnasium as gym
 import mujoco
@@ -7,6 +9,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
+from demos.record_antmaze import direction, distances
+from envs.ego_ant import egocentric
 from envs.point_mass import PointMass2D
 from envs.point_maze import PersistentPointMaze
 from envs.tabletop import Tabletop
@@ -140,3 +144,34 @@ def test_the_maze_is_gymnasium_robotics_own():
         np.testing.assert_allclose(state, theirs, atol=1e-4)
         state, touched = torch.from_numpy(theirs), touched + bool(abs(theirs[1]) > 1.35)
     assert touched > 10
+
+
+# ------------------------------------------------------------------------------------------------- ants in mazes
+def test_an_egocentric_ant_does_not_know_which_way_is_north():
+    """The whole world turned about the vertical axis looks the same, and the direction is its own."""
+    env = gym.make("EgoAnt-v0")
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    for _ in range(20):
+        env.step(env.action_space.sample())
+    qpos, qvel, north = env.unwrapped.data.qpos.copy(), env.unwrapped.data.qvel.copy(), np.array([0.6, 0.8])
+    seen = egocentric(qpos, qvel, north)
+    for angle in (0.5, 2.0, -3.0):
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        other_qpos, other_qvel = qpos.copy(), qvel.copy()
+        other_qpos[:2], other_qvel[:2] = turn @ qpos[:2], turn @ qvel[:2]
+        half = np.array([math.cos(angle / 2), 0.0, 0.0, math.sin(angle / 2)])
+        mujoco.mju_mulQuat(other_qpos[3:7], half, qpos[3:7])
+        np.testing.assert_allclose(egocentric(other_qpos, other_qvel, turn @ north), seen, atol=1e-12)
+    upright = qpos.copy()
+    upright[3:7] = 1, 0, 0, 0
+    np.testing.assert_allclose(egocentric(upright, qvel, north), [*upright[2:], *qvel, *north])
+
+
+def test_the_shortest_path_through_a_maze():
+    world = gym.make("AntMaze_UMaze-v4").unwrapped  # from (1, 1) around the wall in the middle to (3, 1)
+    far = distances(world.maze.maze_map, (3, 1))
+    assert [far[cell] for cell in ((1, 1), (1, 3), (2, 3), (3, 3), (3, 1))] == [6, 4, 3, 2, 0] and (2, 2) not in far
+    here, there, goal = (world.maze.cell_rowcol_to_xy(np.array(cell)) for cell in ((1, 1), (1, 2), (3, 1)))
+    np.testing.assert_allclose(direction(world.maze, here, goal), (there - here) / np.linalg.norm(there - here))
+    np.testing.assert_allclose(direction(world.maze, goal + 0.3, goal), [-(0.5**0.5)] * 2, atol=1e-9)
