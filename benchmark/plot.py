@@ -4,7 +4,8 @@
 
 Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and rewrites, in README.md and docs/*.md, what stands
 between `<!-- KIND NAME -->` and `<!-- end -->`. Kinds: "results" (all runs of a script), "comparison" (the methods of
-COMPARED side by side), "effects" (pairs of policies of an offline study), "speed" (what speed.py measured).
+COMPARED side by side), "effects" (pairs of policies of an offline study), "held_out" (tasks of a sequence that no run
+trained on), "speed" (what speed.py measured).
 Pictures: docs/hyper_hype.png, docs/<script>.png; bands reach from the least to the greatest seed, dashed are papers.
 """
 
@@ -32,7 +33,7 @@ COMPARED = {
 NAMES = {"hyper/default": "HyPER", "hype/hype": "HyPE", "hype/hype-filter": "HyPE + FILTER", "hype/bc-reg": "BC-Reg"}
 NAMES |= {"sac_eo/default": "SAC-EO", "bco_baseline/forward": "BCO"}
 # Variants with a line in the picture; the others stand in the table alone. Scripts that are not named draw all.
-DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc")
+DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="")
 LEVELS = {"sac_eo": (0.5, 0.8, 0.9), "bco_baseline": (0.5, 0.8, 0.9), "mbarl": (0.5, 0.9, 1.0)}
 MEASURES = {"mbarl": "success_rate", "sra_offline": "normalized_score", "offline_baselines": "normalized_score"}
 MEASURES |= {"vins": "success_rate"}
@@ -204,6 +205,21 @@ def effect_table(script: str) -> str:
     return markdown(head.split(", "), rows)
 
 
+def held_out_table(script: str) -> str:
+    """Each seed's mean return on held-out tasks, without and with real steps of theirs, by number of training tasks."""
+    rows, found = [], {}
+    for (env_id, variant), paths in results(script).items():
+        for row in (row for path in paths for row in read(path) if row.get("test/after_0")):
+            found.setdefault((env_id.replace("Told", ""), variant, int(row["train_tasks"])), []).append(row)
+    names = {name for there in found.values() for row in there for name in row if re.fullmatch(r"test/after_\d+", name)}
+    spent = sorted(int(name.split("_")[1]) for name in names)
+    for key, there in sorted(found.items()):
+        cells = ([row[f"test/after_{n}"] for row in there if row.get(f"test/after_{n}")] for n in spent)
+        rows.append([*key, *(each(map(float, cell), "{:.0f}") or "-" for cell in cells)])
+    head = ["family", "variant", "training tasks", *(f"after {n:,} real steps" if n else "zero-shot" for n in spent)]
+    return markdown(head, rows)
+
+
 # -------------------------------------------------------------------------------------------------- pictures
 def picture(file: str, panels: dict[str, dict[str, list[Path]]], unit: str) -> None:
     """A panel for each environment, in it a line for each method."""
@@ -237,6 +253,7 @@ def picture(file: str, panels: dict[str, dict[str, list[Path]]], unit: str) -> N
 
 def main() -> None:
     tables = dict(results=result_table, comparison=comparison_table, effects=effect_table, speed=speed.table)
+    tables["held_out"] = held_out_table
     mark = re.compile(r"(<!-- (\w+) (\w+) -->\n).*?(<!-- end -->)", re.S)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         page.write_text(mark.sub(lambda m: f"{m[1]}{tables[m[2]](m[3])}\n{m[4]}", page.read_text()))

@@ -42,6 +42,23 @@ def test_results_of_both_editions_of_different_lengths_and_without_an_expert(cur
     assert cells(plot.result_table("sac"))[0][5:] == ["45", "45", "2"]
 
 
+def test_held_out_tasks_by_the_number_of_training_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    names = "env_steps,train_tasks,test/after_0,test/task_0_after_0,test/after_100"
+    files = {"multitask/HCF-v0/seed1": ["0,0,,,", "10,1,-50.4,7,", "300,2,-30,7,-20"]}
+    files |= {"multitask/HCF-v0/seed2": ["0,0,,,", "10,1,-40,7,", "300,2,-20,7,-10.6"]}
+    files |= {"goal/HCFTold-v0/seed1": ["300,2,-99,7,"]}
+    for name, lines in files.items():
+        path = tmp_path / "benchmark" / "results" / "slbo_multitask" / f"{name}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([names, *lines]))
+    assert cells(plot.held_out_table("slbo_multitask")) == [
+        ["HCF-v0", "goal", "2", "-99", "-"],
+        ["HCF-v0", "multitask", "1", "-50, -40", "-"],
+        ["HCF-v0", "multitask", "2", "-30, -20", "-20, -11"],
+    ]
+
+
 def test_scores_of_the_last_third_and_the_published_one(curves, tmp_path):
     scores = dict(column="eval_normalized_score", offline=True)
     curves("sra_offline/sra/maze2d-umaze/seed1", [0, 10, 20, 30, 80, 100], **scores)  # the folder's first name
