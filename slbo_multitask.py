@@ -546,8 +546,8 @@ class CudaGraph:
         key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
         if key not in self.recorded:
             self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
-        graph, places, outputs = self.recorded[key]
-        torch._foreach_copy_(places, [x for x in leaves if isinstance(x, Tensor)])
+        graph, places, outputs = self.recorded[key]  # places has the networks too, so that no others get their ids
+        torch._foreach_copy_(*([x for x in side if isinstance(x, Tensor)] for side in (places, leaves)))
         graph.replay()
         return outputs
 
@@ -561,7 +561,7 @@ class CudaGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = self.function(*inputs)
-        return graph, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)], outputs
+        return graph, tree_leaves(inputs), outputs
 
 
 def compiled(function, args: Args, loop=None):
@@ -613,13 +613,13 @@ def slbo_rounds(rounds: int, networks: tuple, updates, replay: Steps, known: Kno
             steps = virtual_rollout(step_virtually, actor, dynamics, known, starts, args)
             metrics |= policy_update(actor, value, fisher, update_value, steps, args.entropy_coef, args)
             metrics["model/virtual_return"] = steps.rewards.sum() / args.virtual_envs
-    return metrics
+    return {name: float(number) for name, number in metrics.items()}  # a CUDA graph's next call overwrites its outputs
 
 
 def try_held_out(index: int, stages: int, networks: tuple, updates, replay, known, starts, envs: tuple, args: Args):
     """Returns on a held-out task without real steps of it and after each of `stages`. What it learns is taken back."""
-    saved = [[x.clone() for x in contents(network)] for network in networks]
-    (actor, value, _), (env, eval_env), returns = networks, envs, []
+    saved, returns = [[x.clone() for x in contents(network)] for network in networks], []
+    (actor, value, _), (env, eval_env) = networks, envs
     with torch.random.fork_rng():
         torch.manual_seed(hash((args.seed, 1, index)))
         set_task(envs, draw_task(env, args.seed, True, index))
@@ -635,8 +635,8 @@ def try_held_out(index: int, stages: int, networks: tuple, updates, replay, know
                 if known:
                     slbo_rounds(args.test_rounds, networks, updates, replay, known, starts, args)
                 else:
-                    columns = Steps(*(field[:, None] for field in new))  # one environment
-                    policy_update(actor, value, *updates[2:], columns, args.entropy_coef, args)
+                    new = Steps(*(field[:, None] for field in new))  # one environment
+                    policy_update(actor, value, *updates[2:], new, args.entropy_coef, args)
             returns.append(float(evaluate(actor, eval_env, args.eval_episodes, seed)["eval_return_mean"]))
     for network, old in zip(networks, saved, strict=True):
         torch._foreach_copy_(contents(network), old)
@@ -741,8 +741,7 @@ def train(args: Args) -> list[dict]:
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
     writer = SummaryWriter(str(run_dir), purge_step=start_step + test_steps)
 
-    bar = tqdm(range(start_step, args.total_timesteps + 1, args.stage_steps), unit="stage")
-    for step in bar:
+    for step in (bar := tqdm(range(start_step, args.total_timesteps + 1, args.stage_steps), unit="stage")):
         state = dict(networks=networks, replay=replay, ou_noise=ou_noise, rows=rows, metrics=metrics, step=step)
         state |= dict(tested=tested, test_steps=test_steps, wall_time=time.time() - start_time)
         if step - last_checkpoint >= args.checkpoint_every:  # between stages, so that resuming is exact
@@ -781,7 +780,7 @@ def train(args: Args) -> list[dict]:
                 metrics |= slbo_rounds(args.warm_up_rounds, networks, updates, replay, known, starts, args)
             metrics["charts/zero_shot"] = evaluate(actor, eval_env, args.eval_episodes, seed)["eval_return_mean"]
             new, ou_noise = collect(actor, env, args.stage_steps, seed, args, ou_noise)
-            if replay is None:
+            if number == 0:
                 check_task(known, new)
             fresh = stretches(new, dynamics.members, 1_000, args.horizon)
             metrics["model/loss_new_data"] = model_loss(dynamics, fresh, args).detach()
@@ -794,7 +793,8 @@ def train(args: Args) -> list[dict]:
                 parts.append(collect(actor, env, args.stage_steps // batch_tasks, hash((seed, i)), args)[0])
             columns = Steps(*(torch.stack(field, 1) for field in zip(*parts, strict=True)))
             remember(networks, None, Steps(*(field.flatten(0, 1) for field in columns)), args)
-            metrics |= policy_update(actor, value, *updates[2:], columns, args.entropy_coef, args)
+            found = policy_update(actor, value, *updates[2:], columns, args.entropy_coef, args)
+            metrics = {name: float(number) for name, number in found.items()}
         if not all(math.isfinite(number) for number in metrics.values()):
             raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
 
