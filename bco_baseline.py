@@ -324,8 +324,8 @@ class CudaGraph:
         key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
         if key not in self.recorded:
             self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
-        graph, places, outputs = self.recorded[key]
-        torch._foreach_copy_(places, [x for x in leaves if isinstance(x, Tensor)])
+        graph, places, outputs = self.recorded[key]  # places has the networks too, so that no others get their ids
+        torch._foreach_copy_(*([x for x in side if isinstance(x, Tensor)] for side in (places, leaves)))
         graph.replay()
         return outputs
 
@@ -339,7 +339,7 @@ class CudaGraph:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = self.function(*inputs)
-        return graph, [x for x in tree_leaves(inputs) if isinstance(x, Tensor)], outputs
+        return graph, tree_leaves(inputs), outputs
 
 
 def compiled(function, args: Args, loop=None):

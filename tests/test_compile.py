@@ -111,7 +111,9 @@ class Recorder(TorchDispatchMode):
     def replay(self):
         for function, args, kwargs, result in self.operations:
             for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
-                if torch.is_tensor(old) and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                if not torch.is_tensor(old) or old._is_zerotensor():
+                    continue
+                if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                     old.detach().copy_(new)
 
 
