@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 LINES = dict(sac=400, hyper=740, hype=574, sac_eo=556, bco_baseline=450, mbarl=800, sra_offline=850, hyper_paper=700)
 LINES |= dict(offline_baselines=700, slbo=700, slbo_multitask=750)
 LINES = {name: lines + 56 for name, lines in LINES.items()}  # for the block "compiler and GPU"
-LINES |= dict(vins=600, mbarl_offline=400, bc=330, evaluate=110)
+LINES |= dict(vins=600, mbarl_offline=400, bc=330, maml=545, evaluate=110)
 FLAGS = 50
 PATHS = [ROOT / f"{name}.py" for name in LINES if (ROOT / f"{name}.py").exists()]
 SCRIPTS = [path for path in PATHS if path.stem != "evaluate"]
@@ -38,6 +38,7 @@ WANTED = {
     "sac_update": "imitation scripts hand the expert's transitions on",
     "sac_updates": "imitation scripts take the cost's rewards",
     "cost_loss": "hype.py's methods have two losses, hyper.py has one",
+    "collect": "that of maml.py has a policy for each task",
     "cost_update": "hype.py keeps the mean of a cost that moment matching leaves free",
 }
 

@@ -47,6 +47,8 @@ COMMANDS = {
     "slbo_multitask": f"{RUN} --env-id HCF-v0 --model-hidden-sizes 16 16 --checkpoint-every 1 --stage-steps 30 "
     "--warm-up-rounds 1 --model-updates 5 --policy-updates 2 --virtual-envs 4 --virtual-steps 20 --value-epochs 1 "
     "--held-out-tasks 2 --test-after 4 99",
+    "maml": f"{RUN} --env-id HCF-v0 --checkpoint-every 1 --batch-tasks 3 --task-steps 5 --held-out-tasks 1 "
+    "--test-stages 0",
     "hyper_paper": f"{IMITATE} {MODEL} {COST} --model-patience 1 --updates-per-step 2 --rollouts-per-step 4 "
     "--cost-every 50 --cost-episodes 1 --cost-batch-size 16",
 }
@@ -57,6 +59,7 @@ FILES = {  # what a script needs beside it
     "offline_baselines": ("envs/maze2d.py", "demos/Hopper-v4.npz"),
     "slbo": ("envs/com_velocity.py",),
     "slbo_multitask": ("envs/com_velocity.py", "envs/multitask.py"),
+    "maml": ("envs/com_velocity.py", "envs/multitask.py"),
     "hyper_paper": ("envs/wrappers.py", "demos/Hopper-v4.npz"),
     "vins": ("demos/FetchReach-v4.npz",),
 }
@@ -164,7 +167,7 @@ def test_a_run_writes_all_that_it_should(alone):
     with open(alone.run_dir / "progress.csv") as file:
         columns = [name for name in file.readline().strip().split(",") if name != "updates"]
     assert columns[: len(COLUMNS)] == COLUMNS and (
-        alone.script in ("sac", "mbarl", "slbo", "slbo_multitask") or "expert_return" in columns
+        alone.script in ("sac", "mbarl", "slbo", "slbo_multitask", "maml") or "expert_return" in columns
     )
     assert steps(alone) == list(range(0, 301, 60))
     assert all(value not in ("", "nan", "inf") for name, value in alone.rows[-1].items() if name.startswith("losses/"))
