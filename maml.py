@@ -1,5 +1,5 @@
-"""MAML: Model-Agnostic Meta-Learning (Finn, Abbeel, Levine, arXiv 1703.03400), first order, with TRPO: what Landolfi,
-Thomas, Ma (arXiv 1907.04964) hold slbo_multitask.py against.
+"""MAML: Model-Agnostic Meta-Learning (Finn, Abbeel, Levine, arXiv 1703.03400), first order, with TRPO: the baseline of
+Landolfi, Thomas, Ma (arXiv 1907.04964), whose own method is slbo_multitask.py.
 
 Tasks differ only in the reward. Where slbo_multitask.py shares a model of the robot, MAML shares a policy's weights,
 from which one gradient step on a few real episodes of a task leads to a policy for that task. An update: collect steps
@@ -7,7 +7,7 @@ of several tasks with the shared weights and take each task's gradient step; col
 move the shared weights, by TRPO, so that the policies after the step earn more (first order: as if the step did not
 depend on the weights).
 
-    python maml.py                                      # HCF: HalfCheetah at speeds, a million real steps
+    python maml.py                                      # HCF: HalfCheetah at speeds, a million real steps in all
     python maml.py --env-id HCFB-v0 --run-dir runs/a    # the same command again continues
 
 Results, and where this differs from the papers: docs/maml.md
@@ -47,7 +47,7 @@ class Args:
     env_id: str = "HCF-v0"  # gymnasium id of a family; it has `task` and `draw_task`
     seed: int = 1
     total_timesteps: int = 960_000  # real steps of the training tasks
-    device: Literal["cpu", "cuda", "mps"] = "cpu"  # real steps take most of the time
+    device: Literal["cpu", "cuda"] = "cpu"  # real steps take most of the time
     track: bool = False  # to Weights & Biases
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 80_000  # steps; a checkpoint is written after an update
@@ -63,7 +63,7 @@ class Args:
 
     # Policy
     hidden_sizes: tuple[int, ...] = (32, 32)
-    maml_lr: float = 0.1  # of the gradient step on a task
+    maml_lr: float = 0.1  # of the gradient step on a task; half of it in a second one
     gamma: float = 0.99
     gae_lambda: float = 0.95
     max_kl: float = 0.01
@@ -73,7 +73,7 @@ class Args:
     entropy: Literal["official", "exact"] = "official"  # of actions within [-2, 2]: SLBO's code, or the integral
 
 
-# ---------------------------------------------------------------------------------- environment, tasks and replay
+# ----------------------------------------------------------------------------------------- environment and tasks
 OBS_DIM = {"Ant": 27, "Humanoid": 45}  # positions and velocities only, whatever a version of the robot adds behind them
 
 
@@ -101,12 +101,6 @@ def draw_task(env: gym.Env, seed: int, held_out: bool, index: int) -> tuple[floa
     if not (hasattr(env.unwrapped, "draw_task") and hasattr(env.unwrapped, "task")):
         raise SystemExit(f"{SCRIPT}.py: {env.spec.id} has no attribute task or no method draw_task(rng)")
     return env.unwrapped.draw_task(np.random.default_rng((seed % 2**32, int(held_out), index)))
-
-
-def set_task(envs: tuple[gym.Env, ...], task: tuple[float, ...]) -> None:
-    """Of real rewards, and of the virtual ones: KnownTask asks one of these environments."""
-    for env in envs:
-        env.unwrapped.task = task
 
 
 class Steps(NamedTuple):
@@ -205,12 +199,16 @@ class Actor(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A policy for each task of a batch: the shared weights, and shifts of the task's own, which stand still."""
+    """A policy for each task of a batch: the shared weights, and a shift of them for each task.
+
+    Shifts are no parameters: to the update of the shared weights they are constants. That is the first order.
+    """
 
     def __init__(self, actor: Actor, tasks: int):
         super().__init__()
         self.actor = actor
-        self.shifts = [torch.zeros(tasks, *param.shape[1:], device=param.device) for param in actor.net.parameters()]
+        params = actor.net.parameters()  # [1, ...] each, where EnsembleMLP may have a network for each task
+        self.shifts = [torch.zeros(tasks, *param.shape[1:], device=param.device) for param in params]
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """As Actor, of obs [tasks * n, obs_dim], task after task."""
@@ -220,8 +218,10 @@ class Adapted(nn.Module):
         return functional_call(self.actor.net, weights, (rows,)).flatten(0, 1), self.actor.log_std
 
     def of_task(self, i: int) -> Actor:
+        """The policy of the i-th task alone."""
         policy = copy.deepcopy(self.actor)
-        torch._foreach_add_([param.data for param in policy.net.parameters()], [shift[[i]] for shift in self.shifts])
+        for param, shift in zip(policy.net.parameters(), self.shifts, strict=True):
+            param.data += shift[i]
         return policy
 
 
@@ -329,10 +329,12 @@ def trpo_update(actor: Actor, fisher, obs: Tensor, actions: Tensor, advantages: 
 def linear_advantages(actor: Actor, steps: Steps, args: Args) -> Tensor:
     """Standardised advantages [T, tasks] of steps [T, tasks, ...].
 
-    V is linear in the standardised state and its square, and fitted to each task's own lambda-returns.
+    V is linear in the standardised state and its square, and fitted to each task's own lambda-returns, which depend
+    on V in turn.
     """
     rows, next_rows = (actor.normalise(x).clamp(-10, 10).transpose(0, 1) for x in (steps.obs, steps.next_obs))
-    rows, next_rows = (F.pad(torch.cat([x, x.square()], -1), (0, 1), value=1.0) for x in (rows, next_rows))
+    rows, next_rows = (torch.cat([x, x.square()], -1) for x in (rows, next_rows))
+    rows, next_rows = (F.pad(x, (0, 1), value=1.0) for x in (rows, next_rows))  # [tasks, T, 2 obs_dim + 1]
     ridge = 1e-3 * rows.shape[1] * torch.eye(rows.shape[2], device=rows.device)
     values, next_values = torch.zeros(2, *steps.rewards.shape, device=rows.device)
     for _ in range(20):
@@ -349,15 +351,15 @@ def task_by_task(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(0, 1)
 
 
-def inner_step(policies: Adapted, steps: Steps, args: Args) -> None:
-    """MAML's step on each task: its policy gradient on its own steps [T, tasks, ...] moves its shifts."""
+def inner_step(policies: Adapted, steps: Steps, lr: float, args: Args) -> None:
+    """MAML's step on each task: its policy gradient on its own steps [T, tasks, ...] moves its shift."""
     shifts = [shift.requires_grad_() for shift in policies.shifts]
     advantages = task_by_task(linear_advantages(policies.actor, steps, args))
     obs, actions = task_by_task(steps.obs), task_by_task(steps.actions)
-    old_log_prob = log_prob(actions, *policies(obs)).detach()
-    gains = gain(policies, obs, actions, advantages, old_log_prob, 0.0, args) * len(shifts[0])  # the sum over tasks
-    gradients = torch.autograd.grad(gains, shifts)
-    policies.shifts = [(shift + args.maml_lr * grad).detach() for shift, grad in zip(shifts, gradients, strict=True)]
+    old_log_prob = log_prob(actions, *policies(obs)).detach()  # of the same policies: the gradient is A grad log pi
+    mean_gain = gain(policies, obs, actions, advantages, old_log_prob, 0.0, args)
+    gradients = torch.autograd.grad(mean_gain * len(shifts[0]), shifts)  # of the sum over tasks
+    policies.shifts = [(shift + lr * grad).detach() for shift, grad in zip(shifts, gradients, strict=True)]
 
 
 def outer_step(policies: Adapted, steps: Steps, args: Args) -> dict:
@@ -387,7 +389,7 @@ def collect(policies: Adapted, env: gym.Env, tasks: list[tuple], n: int, seed: i
     """n real steps [n, tasks, ...] of each task with its own policy."""
     parts = []
     for i, task in enumerate(tasks):
-        set_task((env,), task)
+        env.unwrapped.task = task
         parts.append(rollout(policies.of_task(i), env, n, hash((seed, i)) % 2**31, device))
     return Steps(*(torch.stack(field, 1) for field in zip(*parts, strict=True)))
 
@@ -414,7 +416,7 @@ def evaluate_tasks(policies: Adapted, env: gym.Env, tasks: list[tuple], episodes
     """Each number of `evaluate` [tasks], of each task with its own policy."""
     results = []
     for i, task in enumerate(tasks):
-        set_task((env,), task)
+        env.unwrapped.task = task
         results.append(evaluate(policies.of_task(i), env, episodes, seed))
     return {name: [float(result[name]) for result in results] for name in results[0]}
 
@@ -469,7 +471,7 @@ def train(args: Args) -> list[dict]:
     update_steps = 2 * args.batch_tasks * args.task_steps
     if args.total_timesteps % update_steps or args.eval_every % update_steps:
         raise SystemExit(
-            f"{SCRIPT}.py: --total-timesteps and --eval-every must be multiples of {update_steps}, an update"
+            f"{SCRIPT}.py: an update takes {update_steps} steps; --total-timesteps, --eval-every: multiples"
         )
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.manual_seed(args.seed)
@@ -488,27 +490,26 @@ def train(args: Args) -> list[dict]:
 
     bar = tqdm(range(start_step, args.total_timesteps + 1, update_steps), unit="update")
     for step in bar:
-        number, seed = step // update_steps, args.seed * 1_000_000 + step
+        number, seed = step // update_steps, args.seed * 1_000_000 + step  # number: of finished updates
         if step % args.eval_every == 0 or step == args.total_timesteps:
-            # Held-out tasks: zero-shot, and at the end after gradient steps on real steps of each
-            policies, tests, test_steps = Adapted(actor, args.held_out_tasks), {}, 0
-            row = evaluate_tasks(policies, eval_env, held_out, args.eval_episodes, seed)
-            tests["test/after_0"] = row["eval_return_mean"]
-            for stage in range(args.test_stages if step == args.total_timesteps else 0):
-                with torch.random.fork_rng():
-                    torch.manual_seed(hash((args.seed, 1, stage)))
-                    steps = collect(policies, env, held_out, args.stage_steps, hash((seed, stage)), args.device)
-                inner_step(policies, steps, args)
-                test_steps += args.stage_steps * args.held_out_tasks
-                after = evaluate_tasks(policies, eval_env, held_out, args.eval_episodes, seed)
-                tests[f"test/after_{(stage + 1) * args.stage_steps}"] = after["eval_return_mean"]
-            row = {name: float(np.mean(numbers)) for name, numbers in row.items()}
-            row |= dict(train_tasks=number * args.batch_tasks, train_steps=step, test_steps=test_steps)
-            for name, returns in tests.items():
-                row |= {name: float(np.mean(returns))}
-                row |= {name.replace("test/", f"test/task_{i}_"): result for i, result in enumerate(returns)}
-            clock = dict(env_steps=step + test_steps, wall_time_s=round(time.time() - start_time, 1))
-            rows.append(clock | row | {name: float(value) for name, value in metrics.items()})
+            policies = Adapted(actor, args.held_out_tasks)
+            zero_shot = evaluate_tasks(policies, eval_env, held_out, args.eval_episodes, seed)
+            row = {name: float(np.mean(numbers)) for name, numbers in zero_shot.items()}
+            row |= dict(train_tasks=number * args.batch_tasks, train_steps=step, test_steps=0)
+            if step == args.total_timesteps:  # held-out tasks: gradient steps on real steps of each
+                returns = [zero_shot["eval_return_mean"]]
+                for stage in range(args.test_stages):
+                    steps = collect(policies, env, held_out, args.stage_steps, hash((seed, 2, stage)), args.device)
+                    inner_step(policies, steps, args.maml_lr / min(2, stage + 1), args)
+                    row["test_steps"] += args.stage_steps * args.held_out_tasks
+                    after = evaluate_tasks(policies, eval_env, held_out, args.eval_episodes, seed)
+                    returns.append(after["eval_return_mean"])
+                for stage, each in enumerate(returns):
+                    name = f"after_{stage * args.stage_steps}"
+                    row[f"test/{name}"] = float(np.mean(each))
+                    row |= {f"test/task_{i}_{name}": result for i, result in enumerate(each)}
+            counts = dict(env_steps=step + row["test_steps"], wall_time_s=round(time.time() - start_time, 1))
+            rows.append(counts | row | {name: float(value) for name, value in metrics.items()})
             log_row(run_dir, rows, writer)
             policy = dict(actor=actor.state_dict(), sizes=(obs_dim, act_dim, args.hidden_sizes), task=held_out[0])
             torch.save(policy | dict(script=SCRIPT, env_id=args.env_id), run_dir / "policy.pt")
@@ -519,7 +520,7 @@ def train(args: Args) -> list[dict]:
         tasks = [draw_task(env, args.seed, False, number * args.batch_tasks + i) for i in range(args.batch_tasks)]
         policies = Adapted(actor, args.batch_tasks)
         before = collect(policies, env, tasks, args.task_steps, hash((seed, 0)), args.device)
-        inner_step(policies, before, args)
+        inner_step(policies, before, args.maml_lr, args)
         after = collect(policies, env, tasks, args.task_steps, hash((seed, 1)), args.device)
         metrics = outer_step(policies, after, args)
         metrics["charts/reward_before"], metrics["charts/reward_after"] = before.rewards.mean(), after.rewards.mean()

@@ -33,20 +33,20 @@ def test_each_task_gets_the_gradient_of_its_own_steps():
     for repeat in range(2):  # the second step begins where the first one ended
         alone = [policies.of_task(i) for i in range(3)]
         advantages = maml.linear_advantages(actor, steps, ARGS)
-        maml.inner_step(policies, steps, ARGS)
+        maml.inner_step(policies, steps, 0.1, ARGS)
         for i, policy in enumerate(alone):
             mean, log_std = policy(steps.obs[:, i])
             log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(steps.actions[:, i]).sum(-1)
             gradients = torch.autograd.grad((log_prob * advantages[:, i]).mean(), list(policy.net.parameters()))
             moved = policies.of_task(i).net.parameters()
             for old, gradient, new in zip(policy.net.parameters(), gradients, moved, strict=True):
-                torch.testing.assert_close(new, old + ARGS.maml_lr * gradient)
+                torch.testing.assert_close(new, old + 0.1 * gradient)
         assert repeat or not torch.equal(policies.shifts[0][0], policies.shifts[0][1])
 
 
 def test_policies_of_a_batch_are_those_of_its_tasks():
     _, policies, steps = parts()
-    maml.inner_step(policies, steps, ARGS)
+    maml.inner_step(policies, steps, 0.1, ARGS)
     means, _ = policies(maml.task_by_task(steps.obs))
     for i, mean in enumerate(means.view(3, 40, 2)):
         torch.testing.assert_close(mean, policies.of_task(i)(steps.obs[:, i])[0])
@@ -55,7 +55,7 @@ def test_policies_of_a_batch_are_those_of_its_tasks():
 def test_the_outer_gradient_is_the_mean_of_those_at_the_adapted_weights():
     """First order: the step on a task is a constant."""
     actor, policies, steps = parts()
-    maml.inner_step(policies, steps, ARGS)
+    maml.inner_step(policies, steps, 0.1, ARGS)
     obs, actions = maml.task_by_task(steps.obs), maml.task_by_task(steps.actions)
     advantages = torch.randn(120)
     old = maml.log_prob(actions, *policies(obs)).detach()
@@ -74,7 +74,7 @@ def test_the_outer_gradient_is_the_mean_of_those_at_the_adapted_weights():
 
 def test_the_outer_step_raises_the_gain_within_the_divergence():
     actor, policies, steps = parts(n=200)
-    maml.inner_step(policies, steps, ARGS)
+    maml.inner_step(policies, steps, 0.1, ARGS)
     before, shifts = [param.clone() for param in actor.parameters()], [shift.clone() for shift in policies.shifts]
     metrics = maml.outer_step(policies, steps, ARGS)
     assert metrics["losses/gain"] > 0 and 0.002 < metrics["losses/kl"] <= 0.015
@@ -103,25 +103,70 @@ def test_advantages_by_loops():
         np.testing.assert_allclose(found[:, task].numpy(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_real_steps_are_counted_and_held_out_tasks_change_nothing(tmp_path, monkeypatch):
-    made = []
-    make_env = maml.make_env
+def test_curvature_is_the_divergences_of_all_tasks_policies():
+    """F v is what differentiating mean_kl twice gives."""
+    actor, policies, steps = parts(n=5)
+    maml.inner_step(policies, steps, 0.1, ARGS)
+    obs = maml.task_by_task(steps.obs)
+    params, old = list(actor.parameters()), [x.detach() for x in policies(obs)]
+    vector = torch.randn(sum(param.numel() for param in params))
+    slopes = torch.autograd.grad(maml.mean_kl(old, policies(obs)), params, create_graph=True)
+    expected = maml.flat(torch.autograd.grad(maml.flat(slopes) @ vector, params))
+    names = [name for name, _ in policies.named_parameters()]
+    assert [name.removeprefix("actor.") for name in names] == [name for name, _ in actor.named_parameters()]
+    found = maml.fisher_product(policies, obs, vector, replace(ARGS, damping=0.0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_real_steps_follow_each_other_to_the_end_of_an_episode():
+    env = maml.make_env("Goals-v0")
+    steps = maml.rollout(maml.Actor(4, 2, (5,)), env, 70, 3, "cpu")
+    assert steps.truncations.nonzero().flatten().tolist() == [49, 69] and not steps.terminations.any()
+    torch.testing.assert_close(steps.obs[1:50], steps.next_obs[:49])
+    torch.testing.assert_close(steps.obs[51:], steps.next_obs[50:69])
+    assert not steps.obs[50].equal(steps.next_obs[49]) and not steps.obs[50, 2:].any()  # a start stands still
+
+
+def test_an_update_collects_before_and_after_the_tasks_steps(tmp_path, monkeypatch):
+    """With the shared weights, then with each task's own; the outer step sees the second half; then the normaliser."""
+    seen = []
+    for name in ("collect", "inner_step", "outer_step"):
+        original = getattr(maml, name)
+
+        def noted(policies, *inputs, name=name, original=original):
+            result = original(policies, *inputs)
+            count, shifted = int(policies.actor.normalise.count), bool(policies.shifts[0].any())
+            seen.append((name, count, shifted, inputs[0] if name == "outer_step" else result))
+            return result
+
+        monkeypatch.setattr(maml, name, noted)
+    args = replace(ARGS, total_timesteps=600, eval_every=300, test_stages=0, run_dir=str(tmp_path))
+    maml.train(args)
+    order = [("collect", False), ("inner_step", True), ("collect", True), ("outer_step", True)]
+    assert [(name, shifted) for name, _, shifted, _ in seen] == 2 * order
+    assert [count for _, count, *_ in seen] == 4 * [0] + 4 * [300]
+    assert seen[3][3] is seen[2][3] and seen[7][3] is seen[6][3]
+
+
+def test_real_steps_are_counted_and_a_longer_run_forgets_held_out_tasks(tmp_path, monkeypatch):
+    made, make_env = [], maml.make_env
     monkeypatch.setattr(maml, "make_env", lambda *args: made.append(Counted(make_env(*args))) or made[-1])
     args = replace(ARGS, total_timesteps=900, eval_every=300, stage_steps=60, checkpoint_every=300)
     final = maml.train(replace(args, run_dir=str(tmp_path / "a")))[-1]
-    env, _ = made
-    assert len(env.taken) == final["env_steps"] == 900 + 2 * 2 * 60
+    taken = made[0].taken
+    assert len(taken) == final["env_steps"] == 900 + 2 * 2 * 60
     assert (final["train_steps"], final["test_steps"], final["train_tasks"]) == (900, 240, 9)
-    drawn = [maml.draw_task(env, 1, False, i) for i in range(9)]
-    assert set(env.taken) == {*drawn, *(maml.draw_task(env, 1, True, i) for i in range(2))}
-    longer = maml.train(replace(args, total_timesteps=1200, run_dir=str(tmp_path / "b")))
-    same, other = rows(tmp_path / "a")[:3], rows(tmp_path / "b")[:3]
-    assert [row["eval_return_mean"] for row in same] == [row["eval_return_mean"] for row in other] and len(longer) == 5
+    assert [taken.count(maml.draw_task(made[0], 1, False, i)) for i in range(9)] == 9 * [100]
+    assert [taken.count(maml.draw_task(made[0], 1, True, i)) for i in range(2)] == 2 * [120]
+    args = replace(args, total_timesteps=1200)
+    for folder in ("a", "b"):
+        maml.train(replace(args, run_dir=str(tmp_path / folder)))
+    assert rows(tmp_path / "a") == rows(tmp_path / "b") and len(rows(tmp_path / "a")) == 5
 
 
 @pytest.mark.parametrize("name", ["total_timesteps", "eval_every"])
 def test_half_an_update_is_refused(name):
-    with pytest.raises(SystemExit, match="multiples of 300"):
+    with pytest.raises(SystemExit, match="takes 300 steps"):
         maml.train(replace(ARGS, **(dict(total_timesteps=900, eval_every=300) | {name: 450})))
 
 
@@ -130,5 +175,5 @@ def test_it_learns(tmp_path):
     args = replace(ARGS, hidden_sizes=(16,), batch_tasks=10, total_timesteps=10_000, eval_every=10_000, max_kl=0.1)
     args = replace(args, task_steps=50, stage_steps=500, held_out_tasks=5, gamma=0.9)
     table = maml.train(replace(args, run_dir=str(tmp_path)))
-    assert table[-1]["test/after_0"] > table[0]["test/after_0"] + 5
+    assert table[-1]["test/after_0"] > table[0]["eval_return_mean"] + 5
     assert table[-1]["test/after_500"] > table[-1]["test/after_0"]
