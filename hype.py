@@ -526,6 +526,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
+    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -625,6 +626,6 @@ def train(args: Args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)  # --help below shows the tuned settings
     tuned = TUNED.get(args.env_id.split("-v")[0], {}) | ALGOS[args.algo]
     train(tyro.cli(Args, default=replace(Args(env_id=args.env_id, algo=args.algo), **tuned), description=__doc__))

@@ -619,6 +619,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
+    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -642,7 +643,7 @@ def train(args: Args) -> list[dict]:
     expert, expert_return = load_demos(demos, env, args.num_demos, 1, args.device)
     terminates = getattr(env.unwrapped, "terminates", TERMINATION.get(re.split("-v|/", args.env_id)[0]))
     if terminates is None:
-        raise SystemExit(f"{SCRIPT}.py: when do imagined rollouts of {args.env_id} end? See TERMINATION")
+        raise SystemExit(f"{SCRIPT}.py: when do imagined rollouts of {args.env_id} end? Give it `terminates`")
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     dynamics = state.get("dynamics") or Dynamics(obs_dim, act_dim, args)
@@ -744,6 +745,6 @@ def train(args: Args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)  # --help below shows the tuned settings
     tuned = TUNED.get(args.env_id.split("-v")[0], {})
     train(tyro.cli(Args, default=replace(Args(env_id=args.env_id), **tuned), description=__doc__))

@@ -650,6 +650,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
+    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
@@ -740,7 +741,7 @@ def train(args: Args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+    args, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)  # --help below shows the tuned settings
     tuned = {}
     for name in (args.env_id.split("-v")[0], args.algo):
         tuned |= TUNED.get(name, {})

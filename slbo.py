@@ -639,6 +639,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
+    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)

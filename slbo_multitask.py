@@ -1,9 +1,8 @@
-"""Sequential multi-task model-based RL (Landolfi, Thomas, Ma, "A Model-based Approach for Sample-efficient Multi-task
-Reinforcement Learning", arXiv 1907.04964), on SLBO (arXiv 1807.03858).
+"""Sequential multi-task model-based RL (Landolfi, Thomas, Ma, arXiv 1907.04964), on SLBO (arXiv 1807.03858).
 
-One robot, a sequence of tasks that differ only in a known reward. The dynamics model and its data are kept from task to
-task, the policy never is. On a new task a fresh policy is warmed up inside the model, without a real step (zero-shot),
-then collects a few real steps, which make the model better where this task leads. Tasks that were held out show it.
+One robot, a sequence of tasks that differ only in a known reward. The dynamics model and its data are kept, the policy
+never is. On a new task a fresh policy is warmed up inside the model, without a real step (zero-shot), then collects a
+few real steps, which make the model better where this task leads. Tasks that were held out show it.
 
     python slbo_multitask.py                                      # HCF: HalfCheetah at 20 speeds, one core
     python slbo_multitask.py --env-id HCFB-v0 --run-dir runs/a    # the same command again continues
@@ -697,6 +696,7 @@ def open_run(args: Args) -> tuple[Path, dict]:
     about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
     file.write_text(json.dumps(about, indent=2))
+    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
     if not (run_dir / "checkpoint.pt").exists():
         return run_dir, {}
     state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
