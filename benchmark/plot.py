@@ -33,7 +33,8 @@ COMPARED = {
 NAMES = {"hyper/default": "HyPER", "hype/hype": "HyPE", "hype/hype-filter": "HyPE + FILTER", "hype/bc-reg": "BC-Reg"}
 NAMES |= {"sac_eo/default": "SAC-EO", "bco_baseline/forward": "BCO"}
 # Variants with a line in the picture; the others stand in the table alone. Scripts that are not named draw all.
-DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="", maml="", vins="rl-from-vins rl-from-random")
+DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="", maml="")
+DRAWN["vins"] = "rl-from-vins rl-from-random"
 LEVELS = {"sac_eo": (0.5, 0.8, 0.9), "bco_baseline": (0.5, 0.8, 0.9), "mbarl": (0.5, 0.9, 1.0)}
 MEASURES = {"mbarl": "success_rate", "sra_offline": "normalized_score", "offline_baselines": "normalized_score"}
 MEASURES |= {"vins": "success_rate"}
