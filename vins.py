@@ -11,7 +11,7 @@ model takes each, and does the one whose next state has the highest value: small
     python vins.py --env-id FetchReach-v4 --num-demos 10 --run-dir runs/a    # again: continues an interrupted run
     python vins.py --env-id FetchPush-v4 --rl-after 20_000 --total-timesteps 40_000    # VINS+RL
 
-Measured after 10,000 updates: Push 67% (BC 58%), PickAndPlace as BC; without negative samples 28%. docs/vins.md
+Measured after 10,000 updates: Push 67% (BC 58%), PickAndPlace 54% (53%); without negative samples 28, 26%. docs/vins.md
 """
 
 import copy
