@@ -131,7 +131,7 @@ def editions(paths: list[Path]) -> str:
 
 def result_table(script: str) -> str:
     """All runs; where some seeds went further than others, a row for each length."""
-    if MEASURES.get(script) == "normalized_score":
+    if MEASURES.get(script) == "normalized_score" or script == "vins":
         return score_table(script)
     found = [(*key, paths, curve(paths)) for key, seeds in results(script).items() for paths in stretches(seeds)]
     unit, form, levels = "success" if script in MEASURES else "of the expert", "{:.0%}", LEVELS.get(script, (0.9,))
@@ -148,8 +148,8 @@ def result_table(script: str) -> str:
 
 
 def score_table(script: str) -> str:
-    """Normalised scores: of each seed the mean of the last third of its evaluations, since they swing; the paper's."""
-    found, rows = results(script), []
+    """Normalised scores or success: of each seed the mean of the last third of its evaluations, since they swing."""
+    found, rows, form = results(script), [], "{:.0%}" if script == "vins" else "{:.0f}"
     papers = read(ROOT / "benchmark" / "published" / "sra_offline.csv")
     theirs = {(RENAMED.get(row["env"]), row["variant"]): row["score"] for row in papers if row["reward"] != "dense"}
     envs, variants = sorted({env_id for env_id, _ in found}), sorted({variant for _, variant in found})
@@ -159,10 +159,11 @@ def score_table(script: str) -> str:
             cell, paper = "-", theirs.get((env_id, variant))
             if (env_id, variant) in found:
                 run = curve(found[env_id, variant])
-                cell = each(run.values[:, -max(1, len(run.steps) // 3) :].mean(1), "{:.0f}")
+                cell = each(run.values[:, -max(1, len(run.steps) // 3) :].mean(1), form)
                 cell += f" ({float(paper):.0f})" if paper else ""
             rows[-1].append(cell)
-    return markdown(["score, each seed (published)", *envs], rows)
+    head = "success, each seed" if script == "vins" else "score, each seed (published)"
+    return markdown([head, *envs], rows)
 
 
 def comparison_table(page: str) -> str:
