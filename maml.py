@@ -497,7 +497,7 @@ def train(args: Args) -> list[dict]:
             zero_shot = evaluate_tasks(policies, eval_env, held_out, args.eval_episodes, seed)
             row = {name: float(np.mean(numbers)) for name, numbers in zero_shot.items()}
             row |= dict(train_tasks=number * args.batch_tasks, train_steps=step, test_steps=0)
-            if step == args.total_timesteps:  # held-out tasks: gradient steps on real steps of each
+            if step == args.total_timesteps and args.test_stages:  # held-out tasks: gradient steps on real steps
                 returns = [zero_shot["eval_return_mean"]]
                 for stage in range(args.test_stages):
                     steps = collect(policies, env, held_out, args.stage_steps, hash((seed, 2, stage)), args.device)
