@@ -12,13 +12,12 @@ Expected: Hopper-v4 at the expert's return after a minute, Ant-v4 at 85% of it. 
 """
 
 import copy
-import csv
 import json
 import math
 import subprocess
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib import import_module, metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,7 +40,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 20_000  # gradient steps
     device: Literal["cpu", "cuda", "mps"] = "cpu"
-    track: bool = False  # to Weights & Biases
+    track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; a run in it that was interrupted begins again
     eval_every: int = 5_000
     eval_episodes: int = 20
@@ -59,20 +58,14 @@ class Args:
 
 
 # ------------------------------------------------------------------------------ environment and demonstrations
-OBS_DIM = {"Ant": 27, "Humanoid": 45}  # positions and velocities only, whatever a version of the robot adds behind them
-
-
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """Environment with flat float32 observations, copied when they arrive, and actions in [-1, 1]."""
     env = gym.make(f"shimmy:{env_id}" if env_id.startswith("dm_control/") else env_id, render_mode=render_mode)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
-    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+    env, box = gym.wrappers.FlattenObservation(env), env.action_space
+    if not (env.spec.max_episode_steps or env_id.startswith("dm_control/")):  # these bring their own
         raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
-    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
+    sizes = {"Ant": 27, "Humanoid": 45}  # positions and velocities, whatever a version of the robot adds behind them
+    dim = sizes.get(env_id.split("-v")[0], env.observation_space.shape[0])
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
     env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
@@ -89,8 +82,9 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A file's arrays, actions in [-1, 1], and the ends of its whole trajectories. Schema: demos/README.md"""
+def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: str, actions: bool = True) -> tuple:
+    """Every `subsample`-th transition of a file's first trajectories (num_demos 0: of all), as a Batch with rewards 0,
+    and without `actions` nan for those; the trajectories' ends, and their returns. Schema: demos/README.md"""
     box, dim, limit = env.unwrapped.action_space, env.observation_space.shape[0], env.spec.max_episode_steps
     shapes = dict(observations=(dim,), next_observations=(dim,), rewards=(), terminations=(), truncations=())
     shapes |= dict(actions=box.shape) if actions else {}
@@ -100,36 +94,29 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
         raise SystemExit(f"{SCRIPT}.py: {path} is no .npz as in demos/README.md (has converters): {error!r}") from None
-    if actions:
-        data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
-    largest = np.abs(data["actions"]).max() if actions else 1
-    ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
-    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
+    taken = 2 * (data.get("actions", np.full((n, *box.shape), np.nan)) - box.low) / (box.high - box.low) - 1
+    ended = (data["terminations"] > 0) | (data["truncations"] > 0)
+    ends = np.flatnonzero(ended) + 1
     at_limit = data["terminations"][ends - 1].all() and (np.diff(ends, prepend=0) == limit).all()
+    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
     robot, here = (str(name).split(":")[-1].split("-v")[0] for name in (about.get("env_id", env.spec.id), env.spec.id))
     faults = {
         f"was recorded in {robot}, not in {here}": robot != here,
         "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
-        "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
-        "has next_observations of the next trajectory": joined[ends[:-1] - 1].any(),
+        "lacks rows (subsampled?), or has next_observations of the next trajectory": (joined == ended)[:-1].any(),
         "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
-        "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
+        "has actions outside the bounds, or all within half of them": actions and not 0.5 < abs(taken).max() < 1.001,
     }
     for fault, found in faults.items():
         if found and not about.get("checked"):
             raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
-    return data, ends
-
-
-def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: str) -> tuple[Batch, float]:
-    """Every `subsample`-th transition of the file's first `num_demos` trajectories, and their mean return."""
-    data, ends = read_demos(path, env)
-    if len(ends) < num_demos:
+    if len(ends) < max(num_demos, 1):
         raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} trajectories; give --num-demos {len(ends)}")
-    n, actions = ends[num_demos - 1], data["actions"].clip(-1 + 1e-6, 1 - 1e-6)
-    columns = data["observations"], actions, np.zeros(n), data["next_observations"], data["terminations"]
-    columns = (torch.as_tensor(column[:n:subsample], dtype=torch.float32, device=device) for column in columns)
-    return Batch(*columns), float(data["rewards"][:n].sum() / num_demos)
+    ends = ends[: num_demos or None]
+    columns = data["observations"], taken.clip(-1 + 1e-6, 1 - 1e-6), np.zeros(n), data["next_observations"]
+    columns = [x[: ends[-1] : subsample] for x in (*columns, data["terminations"])]
+    returns = np.add.reduceat(data["rewards"][: ends[-1]], [0, *ends[:-1]])
+    return Batch(*(torch.as_tensor(x, dtype=torch.float32, device=device) for x in columns)), ends, returns
 
 
 def sample(data: Batch, *shape: int) -> Batch:
@@ -172,9 +159,8 @@ class Normaliser(nn.Module):
 
     def fit(self, *sources: Tensor) -> None:
         """To data sets [n, dim] that all count the same, whatever their sizes."""
-        mean = torch.stack([x.mean(0) for x in sources]).mean(0)
-        std = torch.stack([(x - mean).square().mean(0) for x in sources]).mean(0).sqrt()
-        self.mean.copy_(mean)
+        self.mean.copy_(torch.stack([x.mean(0) for x in sources]).mean(0))
+        std = torch.stack([(x - self.mean).square().mean(0) for x in sources]).mean(0).sqrt()
         self.std.copy_(torch.where(std < 1e-6, 1.0, std))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,12 +196,10 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
     """Deterministic episodes of the true reward. Draws no random numbers from the training run's generator."""
     results = []
     for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
-        done, success = False, math.nan
-        while not done:
-            obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
+        (obs, info), success = env.reset(seed=seed + episode), math.nan
+        while "episode" not in info:
+            obs, _, _, _, info = env.step(actor.act(obs, deterministic=True))
             success = np.fmax(success, np.asarray(info.get("success", info.get("is_success")), float).max())
-            done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
     rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
@@ -225,10 +209,9 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
 
 def log_updates(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard over gradient steps."""
-    with open(run_dir / "progress.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        table.writeheader()
-        table.writerows(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    (run_dir / "progress.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["updates"])
 
@@ -236,28 +219,24 @@ def log_updates(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
 def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    run_dir, settings = Path(args.run_dir or f"runs/{name}"), json.loads(json.dumps(asdict(args)))
     if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+        import_module("wandb").init(id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+    file, checkpoint = run_dir / "args.json", run_dir / "checkpoint.pt"
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
-        new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
-            raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
+        longer = name == "total_timesteps" and settings[name] > old
+        if settings[name] != old and name not in ("run_dir", "compile") and not longer:
+            raise SystemExit(f"{SCRIPT}.py: --{name.replace('_', '-')} was {old} in {run_dir}, now {settings[name]}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
-    about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
-    about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    about = dict(script=SCRIPT, args=settings, commit=None if status else commit, gpu=gpu)
+    about |= {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
-    if not (run_dir / "checkpoint.pt").exists():
-        return run_dir, {}
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
-    torch.set_rng_state(state["rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    state = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
+    print(f"{SCRIPT}.py: {run_dir} {'continues' if state else 'begins'}")
+    torch.set_rng_state(state.get("rng", torch.get_rng_state()))
+    torch.cuda.set_rng_state_all(state.get("cuda_rng", []))
     return run_dir, state
 
 
@@ -270,7 +249,8 @@ def train(args: Args) -> list[dict]:
     env = make_env(args.env_id)  # for evaluations alone
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
-    expert, expert_return = load_demos(demos, env, args.num_demos, args.demo_subsample, args.device)
+    expert, _, returns = load_demos(demos, env, args.num_demos, args.demo_subsample, args.device)
+    expert_return = float(returns.mean())
     run_dir, _ = open_run(args)  # a run takes a minute and saves no checkpoints
     actor = Actor(obs_dim, act_dim, args.hidden_sizes).to(args.device)
     actor.normalise.fit(expert.obs)

@@ -14,15 +14,13 @@ Results, and where this differs from the papers: docs/maml.md
 """
 
 import copy
-import csv
 import json
 import math
-import os
 import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib import import_module, metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -48,7 +46,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 960_000  # real steps of the training tasks
     device: Literal["cpu", "cuda"] = "cpu"  # real steps take most of the time
-    track: bool = False  # to Weights & Biases
+    track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 80_000  # steps; a checkpoint is written after an update
     eval_every: int = 80_000  # a multiple of an update's steps
@@ -74,20 +72,14 @@ class Args:
 
 
 # ----------------------------------------------------------------------------------------- environment and tasks
-OBS_DIM = {"Ant": 27, "Humanoid": 45}  # positions and velocities only, whatever a version of the robot adds behind them
-
-
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """Environment with flat float32 observations, copied when they arrive, and actions in [-1, 1]."""
     env = gym.make(f"shimmy:{env_id}" if env_id.startswith("dm_control/") else env_id, render_mode=render_mode)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
-    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+    env, box = gym.wrappers.FlattenObservation(env), env.action_space
+    if not (env.spec.max_episode_steps or env_id.startswith("dm_control/")):  # these bring their own
         raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
-    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
+    sizes = {"Ant": 27, "Humanoid": 45}  # positions and velocities, whatever a version of the robot adds behind them
+    dim = sizes.get(env_id.split("-v")[0], env.observation_space.shape[0])
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
     env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
@@ -98,8 +90,6 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 def draw_task(env: gym.Env, seed: int, held_out: bool, index: int) -> tuple[float, ...]:
     """Task number `index` of training, or of the held-out ones, which have generators of their own."""
-    if not (hasattr(env.unwrapped, "draw_task") and hasattr(env.unwrapped, "task")):
-        raise SystemExit(f"{SCRIPT}.py: {env.spec.id} has no attribute task or no method draw_task(rng)")
     return env.unwrapped.draw_task(np.random.default_rng((seed % 2**32, int(held_out), index)))
 
 
@@ -399,12 +389,10 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
     """Deterministic episodes of the true reward. Draws no random numbers from the training run's generator."""
     results = []
     for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
-        done, success = False, math.nan
-        while not done:
-            obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
+        (obs, info), success = env.reset(seed=seed + episode), math.nan
+        while "episode" not in info:
+            obs, _, _, _, info = env.step(actor.act(obs, deterministic=True))
             success = np.fmax(success, np.asarray(info.get("success", info.get("is_success")), float).max())
-            done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
     rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
@@ -423,10 +411,9 @@ def evaluate_tasks(policies: Adapted, env: gym.Env, tasks: list[tuple], episodes
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard."""
-    with open(run_dir / "progress.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        table.writeheader()
-        table.writerows(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    (run_dir / "progress.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["env_steps"])
 
@@ -435,34 +422,30 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
 
 
 def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    run_dir, settings = Path(args.run_dir or f"runs/{name}"), json.loads(json.dumps(asdict(args)))
     if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+        import_module("wandb").init(id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+    file, checkpoint = run_dir / "args.json", run_dir / "checkpoint.pt"
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
-        new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
-            raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
+        longer = name == "total_timesteps" and settings[name] > old
+        if settings[name] != old and name not in ("run_dir", "compile") and not longer:
+            raise SystemExit(f"{SCRIPT}.py: --{name.replace('_', '-')} was {old} in {run_dir}, now {settings[name]}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
-    about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
-    about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    about = dict(script=SCRIPT, args=settings, commit=None if status else commit, gpu=gpu)
+    about |= {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
-    if not (run_dir / "checkpoint.pt").exists():
-        return run_dir, {}
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
-    torch.set_rng_state(state["rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    state = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
+    print(f"{SCRIPT}.py: {run_dir} {'continues' if state else 'begins'}")
+    torch.set_rng_state(state.get("rng", torch.get_rng_state()))
+    torch.cuda.set_rng_state_all(state.get("cuda_rng", []))
     return run_dir, state
 
 
@@ -475,9 +458,8 @@ def train(args: Args) -> list[dict]:
             f"{SCRIPT}.py: an update takes {update_steps} steps; --total-timesteps, --eval-every: multiples"
         )
     torch.set_num_threads(1)  # run several seeds side by side instead
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)  # for environments that draw from it
-    np.random.seed(args.seed % 2**32)
+    for set_seed in (torch.manual_seed, random.seed, np.random.seed):  # environments may draw from the latter
+        set_seed(args.seed % 2**32)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     held_out = [draw_task(env, args.seed, True, i) for i in range(args.held_out_tasks)]
@@ -486,7 +468,7 @@ def train(args: Args) -> list[dict]:
     (run_dir / "args.json").write_text(json.dumps(about, indent=2))
     actor = state.get("actor") or Actor(obs_dim, act_dim, args.hidden_sizes).to(args.device)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
-    start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
+    start_time = time.time() - state.get("wall_time", 0)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
 
     bar = tqdm(range(start_step, args.total_timesteps + 1, update_steps), unit="update")
@@ -530,9 +512,8 @@ def train(args: Args) -> list[dict]:
 
         if not all(math.isfinite(value) for value in metrics.values()):
             raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
-        if step + update_steps - last_checkpoint >= args.checkpoint_every:
-            last_checkpoint = step + update_steps
-            state = dict(actor=actor, rows=rows, metrics=metrics, step=last_checkpoint)
+        if step + update_steps - state.get("step", 0) >= args.checkpoint_every:
+            state = dict(actor=actor, rows=rows, metrics=metrics, step=step + update_steps)
             save_checkpoint(run_dir, state | dict(wall_time=time.time() - start_time))
 
     writer.close()

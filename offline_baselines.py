@@ -15,15 +15,13 @@ calculation, the methods were not run to the end. Differences from the authors' 
 """
 
 import copy
-import csv
 import json
 import math
-import os
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module, metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,7 +32,6 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -53,7 +50,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
-    track: bool = False  # to Weights & Biases
+    track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 2_000
     eval_every: int = 1_000
@@ -102,20 +99,14 @@ SCORES = {
 
 
 # ------------------------------------------------------------------------------------------ environment and data
-OBS_DIM = {"Ant": 27, "Humanoid": 45}  # positions and velocities only, whatever a version of the robot adds behind them
-
-
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """Environment with flat float32 observations, copied when they arrive, and actions in [-1, 1]."""
     env = gym.make(f"shimmy:{env_id}" if env_id.startswith("dm_control/") else env_id, render_mode=render_mode)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
-    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+    env, box = gym.wrappers.FlattenObservation(env), env.action_space
+    if not (env.spec.max_episode_steps or env_id.startswith("dm_control/")):  # these bring their own
         raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
-    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
+    sizes = {"Ant": 27, "Humanoid": 45}  # positions and velocities, whatever a version of the robot adds behind them
+    dim = sizes.get(env_id.split("-v")[0], env.observation_space.shape[0])
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
     env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
@@ -132,8 +123,9 @@ class Batch(NamedTuple):
     terminations: Tensor  # [batch], 1 where the episode ended; 0 at a time limit
 
 
-def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """A file's arrays, actions in [-1, 1], and the ends of its whole trajectories. Schema: demos/README.md"""
+def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: str, actions: bool = True) -> tuple:
+    """Every `subsample`-th transition of a file's first trajectories (num_demos 0: of all), as a Batch with rewards 0,
+    and without `actions` nan for those; the trajectories' ends, and their returns. Schema: demos/README.md"""
     box, dim, limit = env.unwrapped.action_space, env.observation_space.shape[0], env.spec.max_episode_steps
     shapes = dict(observations=(dim,), next_observations=(dim,), rewards=(), terminations=(), truncations=())
     shapes |= dict(actions=box.shape) if actions else {}
@@ -143,34 +135,35 @@ def read_demos(path: str, env: gym.Env, actions: bool = True) -> tuple[dict[str,
             data = {name: np.array(file[name], np.float64).reshape(n, *shape) for name, shape in shapes.items()}
     except Exception as error:
         raise SystemExit(f"{SCRIPT}.py: {path} is no .npz as in demos/README.md (has converters): {error!r}") from None
-    if actions:
-        data["actions"] = 2 * (data["actions"] - box.low) / (box.high - box.low) - 1
-    largest = np.abs(data["actions"]).max() if actions else 1
-    ends = np.flatnonzero((data["terminations"] > 0) | (data["truncations"] > 0)) + 1
-    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
+    taken = 2 * (data.get("actions", np.full((n, *box.shape), np.nan)) - box.low) / (box.high - box.low) - 1
+    ended = (data["terminations"] > 0) | (data["truncations"] > 0)
+    ends = np.flatnonzero(ended) + 1
     at_limit = data["terminations"][ends - 1].all() and (np.diff(ends, prepend=0) == limit).all()
+    joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
     robot, here = (str(name).split(":")[-1].split("-v")[0] for name in (about.get("env_id", env.spec.id), env.spec.id))
     faults = {
         f"was recorded in {robot}, not in {here}": robot != here,
         "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
-        "lacks rows within trajectories (subsampled?)": not np.delete(joined, [*ends - 1, -1]).all(),
-        "has next_observations of the next trajectory": joined[ends[:-1] - 1].any(),
+        "lacks rows (subsampled?), or has next_observations of the next trajectory": (joined == ended)[:-1].any(),
         "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
-        "has actions outside the bounds, or all within half of them (units?)": not 0.5 < largest < 1.001,
+        "has actions outside the bounds, or all within half of them": actions and not 0.5 < abs(taken).max() < 1.001,
     }
     for fault, found in faults.items():
         if found and not about.get("checked"):
             raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
-    return data, ends
+    if len(ends) < max(num_demos, 1):
+        raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} trajectories; give --num-demos {len(ends)}")
+    ends = ends[: num_demos or None]
+    columns = data["observations"], taken.clip(-1 + 1e-6, 1 - 1e-6), np.zeros(n), data["next_observations"]
+    columns = [x[: ends[-1] : subsample] for x in (*columns, data["terminations"])]
+    returns = np.add.reduceat(data["rewards"][: ends[-1]], [0, *ends[:-1]])
+    return Batch(*(torch.as_tensor(x, dtype=torch.float32, device=device) for x in columns)), ends, returns
 
 
 def load_episodes(path: str, env: gym.Env, device: str) -> tuple[list[Batch], np.ndarray]:
     """All whole trajectories of a file, rewards 0, and their returns."""
-    data, ends = read_demos(path, env)
-    columns = data["observations"], data["actions"].clip(-1, 1), 0 * data["rewards"], data["next_observations"]
-    columns = [torch.as_tensor(x, dtype=torch.float32, device=device) for x in (*columns, data["terminations"])]
-    episodes = [Batch(*(column[i:j] for column in columns)) for i, j in pairwise([0, *ends])]
-    return episodes, np.array([data["rewards"][i:j].sum() for i, j in pairwise([0, *ends])])
+    data, ends, returns = load_demos(path, env, 0, 1, device)
+    return [Batch(*(column[i:j] for column in data)) for i, j in pairwise([0, *ends])], returns
 
 
 def load_data(env: gym.Env, args: Args) -> tuple[list[Batch], list[Batch], float]:
@@ -233,9 +226,8 @@ class Normaliser(nn.Module):
 
     def fit(self, *sources: Tensor) -> None:
         """To data sets [n, dim] that all count the same, whatever their sizes."""
-        mean = torch.stack([x.mean(0) for x in sources]).mean(0)
-        std = torch.stack([(x - mean).square().mean(0) for x in sources]).mean(0).sqrt()
-        self.mean.copy_(mean)
+        self.mean.copy_(torch.stack([x.mean(0) for x in sources]).mean(0))
+        std = torch.stack([(x - self.mean).square().mean(0) for x in sources]).mean(0).sqrt()
         self.std.copy_(torch.where(std < 1e-6, 1.0, std))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -328,8 +320,7 @@ class Adam:
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0):
         self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
-        self.mean = [torch.zeros_like(p) for p in self.params]
-        self.square = [torch.zeros_like(p) for p in self.params]
+        self.mean, self.square = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.t = torch.zeros((), device=self.params[0].device)
         self.scale = torch.zeros_like(self.t)
 
@@ -492,59 +483,28 @@ def demodice_update(
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
 
-# ------------------------------------------------------------------------------------------- compiler and GPU
 def pick_device(args: Args) -> Args:
     """The settings with a choice in place of each "auto", which is printed."""
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     choice = args.compile.replace("auto", "on" if args.total_timesteps >= 10_000 else "off")  # it takes a minute
-    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
     try:
-        if choice == "on":
-            torch.compile(torch.sin)(torch.ones(8, device=device))
+        torch.compile(torch.sin, disable=choice == "off")(torch.ones(8, device=device))
     except Exception as error:
         choice = "off"
-        print(f"{SCRIPT}.py: --compile off, because torch.compile fails: {error!r:.200}")
+        print(f"{SCRIPT}.py: torch.compile fails: {error!r:.200}")
+    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
     return replace(args, device=device, compile=choice)
-
-
-class CudaGraph:
-    """function(*inputs) in one launch. Tensors are copied in; the next call overwrites what this one returned."""
-
-    def __init__(self, function):
-        self.function, self.recorded = function, {}
-
-    def __call__(self, *inputs):
-        leaves = tree_leaves(inputs)
-        key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
-        if key not in self.recorded:
-            self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
-        graph, places, outputs = self.recorded[key]  # places has the networks too, so that no others get their ids
-        torch._foreach_copy_(*([x for x in side if isinstance(x, Tensor)] for side in (places, leaves)))
-        graph.replay()
-        return outputs
-
-    def record(self, inputs: tuple):
-        """First calls the function on copies, so that all is compiled and nothing changed."""
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(3):
-                self.function(*copy.deepcopy(inputs))
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self.function(*inputs)
-        return graph, tree_leaves(inputs), outputs
 
 
 def compiled(function, args: Args, loop=None):
     """The update, or loop(update, *inputs). The compiler sees one update; a CUDA graph holds the whole loop."""
-    if args.compile == "on":
-        torch._dynamo.config.trace_autograd_ops = True
-        if args.device == "cuda":
-            torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
-        function = torch.compile(function, dynamic=False)
+    torch._dynamo.config.trace_autograd_ops = True
+    function = torch.compile(function, dynamic=False) if args.compile == "on" else function
     function = partial(loop, function) if loop else function
-    return CudaGraph(function) if args.compile == "on" and args.device == "cuda" else function
+    if args.compile == "off" or args.device != "cuda":
+        return function
+    torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
+    return import_module("tensordict.nn").CudaGraphModule(function, warmup=3)
 
 
 # ---------------------------------------------------------------------------------------- optimal transport
@@ -601,12 +561,10 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
     """Deterministic episodes of the true reward. Draws no random numbers from the training run's generator."""
     results = []
     for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
-        done, success = False, math.nan
-        while not done:
-            obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
+        (obs, info), success = env.reset(seed=seed + episode), math.nan
+        while "episode" not in info:
+            obs, _, _, _, info = env.step(actor.act(obs, deterministic=True))
             success = np.fmax(success, np.asarray(info.get("success", info.get("is_success")), float).max())
-            done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
     rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
@@ -616,10 +574,9 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
 
 def log_updates(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard over gradient steps."""
-    with open(run_dir / "progress.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        table.writeheader()
-        table.writerows(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    (run_dir / "progress.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["updates"])
 
@@ -628,34 +585,30 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
 
 
 def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    run_dir, settings = Path(args.run_dir or f"runs/{name}"), json.loads(json.dumps(asdict(args)))
     if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+        import_module("wandb").init(id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+    file, checkpoint = run_dir / "args.json", run_dir / "checkpoint.pt"
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
-        new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
-            raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
+        longer = name == "total_timesteps" and settings[name] > old
+        if settings[name] != old and name not in ("run_dir", "compile") and not longer:
+            raise SystemExit(f"{SCRIPT}.py: --{name.replace('_', '-')} was {old} in {run_dir}, now {settings[name]}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
-    about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
-    about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    about = dict(script=SCRIPT, args=settings, commit=None if status else commit, gpu=gpu)
+    about |= {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
-    if not (run_dir / "checkpoint.pt").exists():
-        return run_dir, {}
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
-    torch.set_rng_state(state["rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    state = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
+    print(f"{SCRIPT}.py: {run_dir} {'continues' if state else 'begins'}")
+    torch.set_rng_state(state.get("rng", torch.get_rng_state()))
+    torch.cuda.set_rng_state_all(state.get("cuda_rng", []))
     return run_dir, state
 
 
@@ -742,7 +695,5 @@ def train(args: Args) -> list[dict]:
 
 if __name__ == "__main__":
     args, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)  # --help below shows the tuned settings
-    tuned = {}
-    for name in (args.env_id.split("-v")[0], args.algo):
-        tuned |= TUNED.get(name, {})
+    tuned = TUNED.get(args.env_id.split("-v")[0], {}) | TUNED.get(args.algo, {})
     train(tyro.cli(Args, default=replace(Args(env_id=args.env_id, algo=args.algo), **tuned), description=__doc__))

@@ -11,17 +11,14 @@ few real steps, which make the model better where this task leads. Tasks that we
 Families of tasks, results, and where this differs from the paper and the authors' code: docs/slbo_multitask.md
 """
 
-import copy
-import csv
 import json
 import math
-import os
 import random
 import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib import import_module, metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,7 +30,6 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -49,7 +45,7 @@ class Args:
     total_timesteps: int = 80_000  # real steps of the training tasks: 20 tasks of 4,000
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
-    track: bool = False  # to Weights & Biases
+    track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 4_000  # steps; a checkpoint is written at the end of a stage or a held-out task
     eval_every: int = 4_000  # at the ends of stages
@@ -61,7 +57,6 @@ class Args:
     stage_steps: int = 4_000  # real steps of a training task, and of each stage of a held-out one
     train_rounds: int = 0  # of model and policy updates after a training task's real steps; 0: it only collects
     warm_up_rounds: int = 10  # of model and policy updates on a new task, without a real step
-    reset_value: bool = True  # with each new policy; not in the official code
     held_out_tasks: int = 5
     test_after: tuple[int, ...] = (1, 5, 10, 20)  # training tasks; held-out tasks adapt after the last of these numbers
     test_stages: int = 2  # of a held-out task, whose real steps count as well
@@ -70,7 +65,7 @@ class Args:
 
     # Updates of a round
     model_updates: int = 100
-    policy_updates: int = 20  # each with fresh virtual steps
+    policy_updates: int = 5  # each with fresh virtual steps
     ou_theta: float = 0.15  # Ornstein-Uhlenbeck noise on the actions of real steps
     ou_sigma: float = 0.3
 
@@ -104,20 +99,14 @@ class Args:
 
 
 # ---------------------------------------------------------------------------------- environment, tasks and replay
-OBS_DIM = {"Ant": 27, "Humanoid": 45}  # positions and velocities only, whatever a version of the robot adds behind them
-
-
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """Environment with flat float32 observations, copied when they arrive, and actions in [-1, 1]."""
     env = gym.make(f"shimmy:{env_id}" if env_id.startswith("dm_control/") else env_id, render_mode=render_mode)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = gym.wrappers.FlattenObservation(env)
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
-        raise SystemExit(f"{SCRIPT}.py: {env_id} needs vectors of observations and continuous actions, not {spaces}")
-    if env.spec.max_episode_steps is None and not env_id.startswith("dm_control/"):  # these bring their own
+    env, box = gym.wrappers.FlattenObservation(env), env.action_space
+    if not (env.spec.max_episode_steps or env_id.startswith("dm_control/")):  # these bring their own
         raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
-    dim, box = OBS_DIM.get(env_id.split("-v")[0], spaces[0].shape[0]), env.action_space
+    sizes = {"Ant": 27, "Humanoid": 45}  # positions and velocities, whatever a version of the robot adds behind them
+    dim = sizes.get(env_id.split("-v")[0], env.observation_space.shape[0])
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
     env = gym.wrappers.TransformObservation(env, lambda obs: np.array(obs[:dim], np.float32), space)
     env = gym.wrappers.TransformAction(env, lambda action: action.clip(box.low, box.high), box)  # of rounding errors
@@ -128,8 +117,6 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 def draw_task(env: gym.Env, seed: int, held_out: bool, index: int) -> tuple[float, ...]:
     """Task number `index` of training, or of the held-out ones, which have generators of their own."""
-    if not (hasattr(env.unwrapped, "draw_task") and hasattr(env.unwrapped, "task")):
-        raise SystemExit(f"{SCRIPT}.py: {env.spec.id} has no attribute task or no method draw_task(rng)")
     return env.unwrapped.draw_task(np.random.default_rng((seed % 2**32, int(held_out), index)))
 
 
@@ -283,8 +270,7 @@ class Adam:
 
     def __init__(self, params, lr: float):
         self.params, self.lr = list(params), lr
-        self.mean = [torch.zeros_like(p) for p in self.params]
-        self.square = [torch.zeros_like(p) for p in self.params]
+        self.mean, self.square = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.t = torch.zeros((), device=self.params[0].device)
         self.scale = torch.zeros_like(self.t)
 
@@ -329,17 +315,15 @@ def contents(network: nn.Module) -> list[Tensor]:
 def begin_anew(actor: Actor, value: Value, args: Args) -> None:
     """A fresh policy, and value, for a new task. Normalisers and model stay, and the objects, which are compiled."""
     obs_dim, act_dim = len(actor.normalise.mean), len(actor.log_std)
-    fresh = {actor: Actor(obs_dim, act_dim, args.hidden_sizes).to(args.device)}
-    fresh |= {value: Value(obs_dim, args)} if args.reset_value else {}
+    fresh = {actor: Actor(obs_dim, act_dim, args.hidden_sizes).to(args.device), value: Value(obs_dim, args)}
     for network, new in fresh.items():
         new.normalise = network.normalise
         torch._foreach_copy_(contents(network), contents(new))
 
 
 # ------------------------------------------------------------------------------------------- model and virtual steps
-# For the reward R_j of every task j, V_j^{pi,M*} >= V_j^{pi,M} - D_j(M, pi), as in slbo.py. What D_j measures, how long
-# M's errors are where pi goes, has no reward in it (the slope of V_j has). So data of any task tightens every task's
-# bound. Warm-up raises V_j^{pi,M}; the task's real steps then lower D_j where its policy goes, far from other tasks'.
+# For the reward R_j of task j, V_j^{pi,M*} >= V_j^{pi,M} - D_j(M, pi), as in slbo.py. D_j, how long M's errors are
+# where pi goes, knows no reward but by V_j's slope. So data of any task tightens every task's bound.
 def model_loss(dynamics: DeltaMLP, steps: Steps, args: Args) -> Tensor:
     """H-step loss (eq. 6.1) on stretches [members, batch, H, ...]: mean length of the errors along predicted paths.
 
@@ -385,7 +369,7 @@ def virtual_rollout(step, actor: Actor, dynamics: DeltaMLP, task: KnownTask, sta
     fresh = starts[torch.randint(len(starts), shape, device=starts.device)]
     obs = fresh[0]
     for t in range(args.virtual_steps):
-        actions, next_obs, disagreement = (x.clone() for x in step(actor, dynamics, obs, noise[t]))
+        actions, next_obs, disagreement = step(actor, dynamics, obs, noise[t])
         ends = task.terminates(next_obs)
         rows.append((obs, actions, next_obs, ends, disagreement))
         obs = torch.where(ends[:, None], fresh[(t + 1) % args.virtual_steps], next_obs)
@@ -519,59 +503,28 @@ def policy_update(actor: Actor, value: Value, fisher, update_value, steps: Steps
     return metrics
 
 
-# ------------------------------------------------------------------------------------------- compiler and GPU
 def pick_device(args: Args) -> Args:
     """The settings with a choice in place of each "auto", which is printed."""
     device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     choice = args.compile.replace("auto", "on" if args.total_timesteps >= 10_000 else "off")  # it takes a minute
-    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
     try:
-        if choice == "on":
-            torch.compile(torch.sin)(torch.ones(8, device=device))
+        torch.compile(torch.sin, disable=choice == "off")(torch.ones(8, device=device))
     except Exception as error:
         choice = "off"
-        print(f"{SCRIPT}.py: --compile off, because torch.compile fails: {error!r:.200}")
+        print(f"{SCRIPT}.py: torch.compile fails: {error!r:.200}")
+    print(f"{SCRIPT}.py: --device {device} --compile {choice}")
     return replace(args, device=device, compile=choice)
-
-
-class CudaGraph:
-    """function(*inputs) in one launch. Tensors are copied in; the next call overwrites what this one returned."""
-
-    def __init__(self, function):
-        self.function, self.recorded = function, {}
-
-    def __call__(self, *inputs):
-        leaves = tree_leaves(inputs)
-        key = tuple(x.shape if isinstance(x, Tensor) else id(x) for x in leaves)  # id of networks, settings
-        if key not in self.recorded:
-            self.recorded[key] = self.record(tree_map_only(Tensor, torch.clone, inputs))
-        graph, places, outputs = self.recorded[key]  # places has the networks too, so that no others get their ids
-        torch._foreach_copy_(*([x for x in side if isinstance(x, Tensor)] for side in (places, leaves)))
-        graph.replay()
-        return outputs
-
-    def record(self, inputs: tuple):
-        """First calls the function on copies, so that all is compiled and nothing changed."""
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(3):
-                self.function(*copy.deepcopy(inputs))
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = self.function(*inputs)
-        return graph, tree_leaves(inputs), outputs
 
 
 def compiled(function, args: Args, loop=None):
     """The update, or loop(update, *inputs). The compiler sees one update; a CUDA graph holds the whole loop."""
-    if args.compile == "on":
-        torch._dynamo.config.trace_autograd_ops = True
-        if args.device == "cuda":
-            torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
-        function = torch.compile(function, dynamic=False)
+    torch._dynamo.config.trace_autograd_ops = True
+    function = torch.compile(function, dynamic=False) if args.compile == "on" else function
     function = partial(loop, function) if loop else function
-    return CudaGraph(function) if args.compile == "on" and args.device == "cuda" else function
+    if args.compile == "off" or args.device != "cuda":
+        return function
+    torch._inductor.config.loop_ordering_after_fusion = False  # torch 2.11 stops otherwise
+    return import_module("tensordict.nn").CudaGraphModule(function, warmup=3)
 
 
 # ------------------------------------------------------------------------------------------- the parts of a task
@@ -612,7 +565,7 @@ def slbo_rounds(rounds: int, networks: tuple, updates, replay: Steps, known: Kno
             steps = virtual_rollout(step_virtually, actor, dynamics, known, starts, args)
             metrics |= policy_update(actor, value, fisher, update_value, steps, args.entropy_coef, args)
             metrics["model/virtual_return"] = steps.rewards.sum() / args.virtual_envs
-    return {name: float(number) for name, number in metrics.items()}  # a CUDA graph's next call overwrites its outputs
+    return {name: float(number) for name, number in metrics.items()}
 
 
 def try_held_out(index: int, stages: int, networks: tuple, updates, replay, known, starts, envs: tuple, args: Args):
@@ -647,12 +600,10 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
     """Deterministic episodes of the true reward. Draws no random numbers from the training run's generator."""
     results = []
     for episode in range(episodes):
-        obs, _ = env.reset(seed=seed + episode)
-        done, success = False, math.nan
-        while not done:
-            obs, _, terminated, truncated, info = env.step(actor.act(obs, deterministic=True))
+        (obs, info), success = env.reset(seed=seed + episode), math.nan
+        while "episode" not in info:
+            obs, _, _, _, info = env.step(actor.act(obs, deterministic=True))
             success = np.fmax(success, np.asarray(info.get("success", info.get("is_success")), float).max())
-            done = terminated or truncated
         results.append((info["episode"]["r"], info["episode"]["l"], success))
     returns, lengths, successes = np.array(results, float).T
     rate = math.nan if np.isnan(successes).all() else np.nan_to_num(successes).mean()  # no report counts as no success
@@ -662,10 +613,9 @@ def evaluate(actor: Actor, env: gym.Env, episodes: int, seed: int) -> dict[str, 
 
 def log_row(run_dir: Path, rows: list[dict], writer: SummaryWriter) -> None:
     """Writes progress.csv, and its last row to TensorBoard."""
-    with open(run_dir / "progress.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        table.writeheader()
-        table.writerows(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
+    (run_dir / "progress.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines))
     for name, value in rows[-1].items():
         writer.add_scalar(name.replace("eval_", "eval/"), value, rows[-1]["env_steps"])
 
@@ -674,34 +624,30 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes to a temporary file first: an interruption leaves the previous checkpoint as it was."""
     state |= dict(rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all())
     torch.save(state, run_dir / "checkpoint.tmp")
-    os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
+    (run_dir / "checkpoint.tmp").replace(run_dir / "checkpoint.pt")
 
 
 def open_run(args: Args) -> tuple[Path, dict]:
     """The run's folder with args.json (settings, versions, commit), and its last checkpoint, {} if there is none."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{SCRIPT}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.run_dir or f"runs/{name}")
-    file, settings = run_dir / "args.json", json.loads(json.dumps(asdict(args)))
+    run_dir, settings = Path(args.run_dir or f"runs/{name}"), json.loads(json.dumps(asdict(args)))
     if args.track:
-        import wandb
-
-        wandb.init(project="hybrid-imitation", id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
+        import_module("wandb").init(id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
+    file, checkpoint = run_dir / "args.json", run_dir / "checkpoint.pt"
     for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
-        new, flag = settings[name], f"--{name.replace('_', '-')}"
-        if new != old and name not in ("run_dir", "compile") and not (name == "total_timesteps" and new > old):
-            raise SystemExit(f"{SCRIPT}.py: {flag} was {old} in {run_dir}, now it is {new}")
+        longer = name == "total_timesteps" and settings[name] > old
+        if settings[name] != old and name not in ("run_dir", "compile") and not longer:
+            raise SystemExit(f"{SCRIPT}.py: --{name.replace('_', '-')} was {old} in {run_dir}, now {settings[name]}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
-    about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
-    about |= {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    about["gpu"] = torch.cuda.get_device_name() if args.device == "cuda" else None
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    about = dict(script=SCRIPT, args=settings, commit=None if status else commit, gpu=gpu)
+    about |= {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
     file.write_text(json.dumps(about, indent=2))
-    print(f"{SCRIPT}.py: {run_dir} " + ("continues" if (run_dir / "checkpoint.pt").exists() else "begins"))
-    if not (run_dir / "checkpoint.pt").exists():
-        return run_dir, {}
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=False)
-    torch.set_rng_state(state["rng"])
-    torch.cuda.set_rng_state_all(state["cuda_rng"])
+    state = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
+    print(f"{SCRIPT}.py: {run_dir} {'continues' if state else 'begins'}")
+    torch.set_rng_state(state.get("rng", torch.get_rng_state()))
+    torch.cuda.set_rng_state_all(state.get("cuda_rng", []))
     return run_dir, state
 
 
@@ -717,9 +663,8 @@ def train(args: Args) -> list[dict]:
         raise SystemExit(f"{SCRIPT}.py: --total-timesteps is no multiple of --stage-steps {args.stage_steps}, one task")
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # weight decay drives unused weights towards 0, where arithmetic is slow
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)  # for environments that draw from it
-    np.random.seed(args.seed % 2**32)
+    for set_seed in (torch.manual_seed, random.seed, np.random.seed):  # environments may draw from the latter
+        set_seed(args.seed % 2**32)
     env, eval_env = both = make_env(args.env_id), make_env(args.env_id)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     known = None if args.algo == "goal-conditioned" else KnownTask(eval_env, args.device)
@@ -738,14 +683,13 @@ def train(args: Args) -> list[dict]:
     replay, ou_noise = state.get("replay"), state.get("ou_noise", torch.zeros(act_dim))
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     tested, test_steps = state.get("tested", []), state.get("test_steps", 0)
-    start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
+    start_time = time.time() - state.get("wall_time", 0)
     writer = SummaryWriter(str(run_dir), purge_step=start_step + test_steps)
 
     for step in (bar := tqdm(range(start_step, args.total_timesteps + 1, args.stage_steps), unit="stage")):
         state = dict(networks=networks, replay=replay, ou_noise=ou_noise, rows=rows, metrics=metrics, step=step)
         state |= dict(tested=tested, test_steps=test_steps, wall_time=time.time() - start_time)
-        if step - last_checkpoint >= args.checkpoint_every:  # between stages, so that resuming is exact
-            last_checkpoint = step
+        if step > start_step and step % args.checkpoint_every == 0:
             save_checkpoint(run_dir, state)
 
         number, seed = step // args.stage_steps, args.seed * 1_000_000 + step  # of finished tasks

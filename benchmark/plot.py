@@ -2,11 +2,8 @@
 
     pip install -r benchmark/requirements.txt && python benchmark/plot.py
 
-Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and rewrites, in README.md and docs/*.md, what stands
-between `<!-- KIND NAME -->` and `<!-- end -->`. Kinds: "results" (all runs of a script), "comparison" (the methods of
-COMPARED side by side), "effects" (pairs of policies of an offline study), "held_out" (tasks of a sequence that no run
-trained on), "speed" (what speed.py measured).
-Pictures: docs/hyper_hype.png, docs/<script>.png; bands reach from the least to the greatest seed, dashed are papers.
+Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and fills README.md and docs/*.md between `<!-- KIND
+NAME -->` and `<!-- end -->`, see TABLES. Bands in pictures are from the least to the greatest seed, dashed are papers.
 """
 
 import csv
@@ -20,6 +17,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmark import speed
@@ -36,11 +34,8 @@ NAMES |= {"sac_eo/default": "SAC-EO", "bco_baseline/forward": "BCO"}
 DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="", maml="")
 DRAWN["vins"] = "rl-from-vins rl-from-random"
 LEVELS = {"sac_eo": (0.5, 0.8, 0.9), "bco_baseline": (0.5, 0.8, 0.9), "mbarl": (0.5, 0.9, 1.0)}
-MEASURES = {"mbarl": "success_rate", "sra_offline": "normalized_score", "offline_baselines": "normalized_score"}
-MEASURES |= {"vins": "success_rate"}
-# Folders of the first edition that have another name now.
-RENAMED = {f"maze2d-{size}": f"Maze2D-{size}-v0" for size in ("umaze", "medium", "large")}
-RENAMED |= {"hopper-medium": "Hopper-v4", "walker2d-medium": "Walker2d-v4"}
+MEASURES = dict(mbarl="success_rate", vins="success_rate")
+MEASURES |= dict.fromkeys(("sra_offline", "offline_baselines"), "normalized_score")
 
 
 class Curve(NamedTuple):
@@ -60,8 +55,7 @@ def results(script: str, studies: bool = False) -> dict[tuple[str, str], list[Pa
     found = {}
     for path in sorted((ROOT / "benchmark" / "results" / script).glob("*/*/seed*.csv")):
         if ("env_steps" in read(path)[0]) != studies:
-            env_id = RENAMED.get(path.parent.name, path.parent.name)
-            found.setdefault((env_id, path.parent.parent.name), []).append(path)
+            found.setdefault((path.parent.name, path.parent.parent.name), []).append(path)
     return dict(sorted(found.items()))
 
 
@@ -151,7 +145,7 @@ def score_table(script: str) -> str:
     """Normalised scores or success: of each seed the mean of the last third of its evaluations, since they swing."""
     found, rows, form = results(script), [], "{:.0%}" if script == "vins" else "{:.0f}"
     papers = read(ROOT / "benchmark" / "published" / "sra_offline.csv")
-    theirs = {(RENAMED.get(row["env"]), row["variant"]): row["score"] for row in papers if row["reward"] != "dense"}
+    theirs = {(row["env"], row["variant"]): row["score"] for row in papers if row["reward"] != "dense"}
     envs, variants = sorted({env_id for env_id, _ in found}), sorted({variant for _, variant in found})
     for variant in sorted(variants, key=lambda variant: variant not in DRAWN["sra_offline"].split()):
         rows.append([variant])
@@ -187,37 +181,35 @@ def comparison_table(page: str) -> str:
 
 def effect_table(script: str) -> str:
     """By how much the return differs between two values of one factor, over pairs of policies that share the others."""
-    rows, names = [], ("start", "size", "rollout_length", "seed")
+    rows, names = [], ["start", "size", "rollout_length", "seed"]
     for (env_id, variant), paths in (results(script, True) | results(f"{script}_offline", True)).items():
-        policies = [row for path in paths for row in read(path)]
-        returns = {tuple(row[name] for name in names): float(row["eval_return_mean"]) for row in policies}
-        starts = list(dict.fromkeys(row["start"] for row in policies))
-        sizes, lengths = (sorted({row[name] for row in policies}, key=int) for name in names[1:3])
-        factors = [(2, lengths, "{} steps", start) for start in starts]
-        factors += [(1, sizes, "{} transitions", start) for start in starts] + [(0, starts, "{} starts", "all")]
-        for at, values, form, start in factors:
-            low = [key for key in returns if key[at] == values[0] != values[-1] and start in ("all", key[0])]
-            pairs = [(key, (*key[:at], values[-1], *key[at + 1 :])) for key in low]
-            change = [returns[b] - returns[a] for a, b in pairs if b in returns]
-            if change:
-                row = [env_id, variant, form.format(values[0]), form.format(values[-1]), start]
-                numbers = [f"{number:.1f}" for number in (np.mean(change), min(change), max(change))]
-                rows.append([*row, *numbers, f"{sum(number > 0 for number in change)} of {len(change)}"])
+        policies = pd.concat(map(pd.read_csv, paths))
+        parts = list(policies.groupby("start", sort=False))
+        factors = [("rollout_length", "{} steps", *part) for part in parts]
+        factors += [("size", "{} transitions", *part) for part in parts] + [("start", "{} starts", "all", policies)]
+        for factor, form, start, part in factors:
+            values = [*part[factor].unique()] if factor == "start" else sorted(part[factor].unique())
+            table = part.pivot(index=[name for name in names if name != factor], columns=factor)["eval_return_mean"]
+            change = (table[values[-1]] - table[values[0]]).dropna()
+            if len(values) > 1 and len(change):
+                numbers = [f"{number:.1f}" for number in (change.mean(), change.min(), change.max())]
+                ends = form.format(values[0]), form.format(values[-1]), start
+                rows.append([env_id, variant, *ends, *numbers, f"{(change > 0).sum()} of {len(change)}"])
     head = "environment, variant, instead of, , starts, difference in return, least, greatest, greater in"
     return markdown(head.split(", "), rows)
 
 
 def held_out_table(script: str) -> str:
     """Each seed's mean return on held-out tasks, without and with real steps of theirs, by number of training tasks."""
-    rows, found = [], {}
-    for (env_id, variant), paths in results(script).items():
-        for row in (row for path in paths for row in read(path) if row.get("test/after_0")):
-            found.setdefault((env_id.replace("Told", ""), variant, int(row["train_tasks"])), []).append(row)
-    names = {name for there in found.values() for row in there for name in row if re.fullmatch(r"test/after_\d+", name)}
-    spent = sorted(int(name.split("_")[1]) for name in names)
-    for key, there in sorted(found.items()):
-        cells = ([row[f"test/after_{n}"] for row in there if row.get(f"test/after_{n}")] for n in spent)
-        rows.append([*key, *(each(map(float, cell), "{:.0f}") or "-" for cell in cells)])
+    files = [(*key, path) for key, paths in results(script).items() for path in paths]
+    tables = [pd.read_csv(path).assign(family=env.replace("Told", ""), variant=variant) for env, variant, path in files]
+    if not tables:
+        return "No run yet."
+    tests = pd.concat(tables).dropna(subset="test/after_0")
+    spent = sorted(int(name[11:]) for name in tests if re.fullmatch(r"test/after_\d+", name))
+    rows = []
+    for key, part in tests.groupby(["family", "variant", "train_tasks"]):
+        rows.append([*key, *(each(part[f"test/after_{n}"].dropna(), "{:.0f}") or "-" for n in spent)])
     head = ["family", "variant", "training tasks", *(f"after {n:,} real steps" if n else "zero-shot" for n in spent)]
     return markdown(head, rows)
 
@@ -253,12 +245,14 @@ def picture(file: str, panels: dict[str, dict[str, list[Path]]], unit: str) -> N
     plt.close(figure)
 
 
+TABLES = dict(results=result_table, comparison=comparison_table, effects=effect_table, held_out=held_out_table)
+TABLES["speed"] = speed.table
+
+
 def main() -> None:
-    tables = dict(results=result_table, comparison=comparison_table, effects=effect_table, speed=speed.table)
-    tables["held_out"] = held_out_table
     mark = re.compile(r"(<!-- (\w+) (\w+) -->\n).*?(<!-- end -->)", re.S)
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        page.write_text(mark.sub(lambda m: f"{m[1]}{tables[m[2]](m[3])}\n{m[4]}", page.read_text()))
+        page.write_text(mark.sub(lambda m: f"{m[1]}{TABLES[m[2]](m[3])}\n{m[4]}", page.read_text()))
     for script in (path.name for path in (ROOT / "benchmark" / "results").iterdir() if methods(path.name)):
         picture(script, methods(script), MEASURES.get(script, "return").replace("_", " "))
     robots, names = ("Hopper-v4", "Ant-v4"), ("HyPER", "HyPE", "GAIL", "BC")

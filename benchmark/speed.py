@@ -61,7 +61,7 @@ def load(root: Path, script: str):
     return module
 
 
-def compiled(module, update, args, graph: bool, loop=None):
+def compiled(module, update, args, loop=None, graph: bool = True):
     return module.compiled(update, args if graph else replace(args, device="cpu"), loop)
 
 
@@ -70,7 +70,7 @@ def sac_step(root: Path, width: int, graph: bool = True, **flags):
     sac = load(root, "sac")
     args = sac.Args(hidden_sizes=(width, width), **flags)
     agent, buffer = sac.Agent(OBS_DIM, ACT_DIM, args), sac.ReplayBuffer(10_000, OBS_DIM, ACT_DIM, args.device)
-    updates = compiled(sac, sac.sac_update, args, graph, sac.sac_updates)
+    updates = compiled(sac, sac.sac_update, args, sac.sac_updates, graph)
     for obs, next_obs, action in zip(*np.random.randn(3, 10_000, OBS_DIM).astype(np.float32), strict=True):
         buffer.add(obs, np.tanh(action[:ACT_DIM]), 0.0, next_obs, False)
 
@@ -85,7 +85,7 @@ def ensemble_minibatch(root: Path, graph: bool = True, **flags):
     """A gradient step of hyper.py's seven dynamics models."""
     hyper = load(root, "hyper")
     args = hyper.Args(**flags)
-    dynamics, update = hyper.EnsembleDynamics(27, 8, args), compiled(hyper, hyper.dynamics_update, args, graph)
+    dynamics, update = hyper.EnsembleDynamics(27, 8, args), compiled(hyper, hyper.dynamics_update, args, graph=graph)
     inputs = [torch.randn(7, BATCH, dim, device=args.device) for dim in (27 + 8, 27)]
     return turns_of(lambda: update(dynamics, *inputs, args))
 
@@ -94,7 +94,7 @@ def sra_update(root: Path, graph: bool = True, **flags):
     """A gradient step of SRA's policy in a maze (IQL): 256 expert and 256 other transitions."""
     sra = load(root, "sra_offline")
     args = sra.Args(**flags)
-    agent, update = sra.OfflineAgent(4, 2, args), compiled(sra, sra.iql_update, args, graph)
+    agent, update = sra.OfflineAgent(4, 2, args), compiled(sra, sra.iql_update, args, graph=graph)
     shapes = (BATCH, 4), (BATCH, 2), (BATCH,), (BATCH, 4), (BATCH,)
     expert, other = (sra.Batch(*(torch.rand(shape, device=args.device) for shape in shapes)) for _ in range(2))
 
@@ -122,7 +122,8 @@ def env_steps(root: Path, script: str, graph: bool = True, **flags):
 
     module.evaluate = evaluate
     if not graph:
-        module.CudaGraph = lambda function: function
+        with_graph = module.compiled
+        module.compiled = lambda update, args, loop=None: with_graph(update, replace(args, device="cpu"), loop)
     flags |= dict(demos=str(root / "demos" / "Hopper-v4.npz")) if script != "sac" else {}
     flags |= dict(normalise_obs=False) if script == "hyper" else {}
     args = module.Args(env_id="Hopper-v4", total_timesteps=10**6, eval_every=250, learning_starts=1_000, **flags)

@@ -57,7 +57,7 @@ def test_updates_are_those_written_out(demos, tmp_path):
     args.run_dir, args.total_timesteps = str(tmp_path / "run"), 100
     losses = bc.train(args)[-1]["losses/actor"]
 
-    data, _ = bc.load_demos(demos, bc.make_env(POINT), 5, 1, "cpu")
+    data, *_ = bc.load_demos(demos, bc.make_env(POINT), 5, 1, "cpu")
     mean, std = data.obs.mean(0).double(), data.obs.double().std(0, correction=0)
     torch.manual_seed(args.seed)
     start = bc.Actor(4, 2, ()).net.weights[0][0].detach()

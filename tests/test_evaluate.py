@@ -50,8 +50,8 @@ def test_it_measures_as_training_does_and_what_it_records_loads_as_demonstration
     assert told in capsys.readouterr().out and about["of"] > 3
     assert about["env_id"] == POINT and about["episodes"] == 3 and raw["truncations"].sum() == 3
     assert raw["observations"].shape == (150, 4) and not {"states", "qpos"} & set(raw)
-    data, mean_return = hyper.load_demos(str(tmp_path / "d.npz"), env, 3, 1, "cpu")
-    assert mean_return == pytest.approx(raw["rewards"].sum() / 3, rel=1e-5)
+    data, _, returns = hyper.load_demos(str(tmp_path / "d.npz"), env, 3, 1, "cpu")
+    assert returns.mean() == pytest.approx(raw["rewards"].sum() / 3, rel=1e-5)
     action = actor.act(raw["observations"][7], deterministic=True)
     np.testing.assert_allclose(data.actions[7], action, atol=1e-5)
     np.testing.assert_allclose(raw["actions"][7], 2 * action, atol=1e-5)  # in the environment's units

@@ -55,8 +55,8 @@ def test_a_minari_data_set_loads_as_what_the_environment_showed(env_id, tmp_path
     minari.delete_dataset("test/three-v0")
 
     *columns, rewards = (torch.as_tensor(np.array(column[:11])) for column in zip(*expected, strict=True))
-    demos, mean_return = hyper.load_demos(str(tmp_path / "two.npz"), env, 2, 1, "cpu")
+    demos, _, returns = hyper.load_demos(str(tmp_path / "two.npz"), env, 2, 1, "cpu")
     torch.testing.assert_close([demos.obs, demos.actions, demos.next_obs], columns)
-    assert mean_return == pytest.approx(rewards.sum().item() / 2, rel=1e-5)
+    assert returns.mean() == pytest.approx(rewards.sum().item() / 2, rel=1e-5)
     assert not demos.terminations.any()  # cut short is no termination
     assert np.flatnonzero(np.load(tmp_path / "two.npz")["truncations"]).tolist() == [4, 10]

@@ -61,12 +61,12 @@ def test_held_out_tasks_by_the_number_of_training_tasks(tmp_path, monkeypatch):
 
 def test_scores_of_the_last_third_and_the_published_one(curves, tmp_path):
     scores = dict(column="eval_normalized_score", offline=True)
-    curves("sra_offline/sra/maze2d-umaze/seed1", [0, 10, 20, 30, 80, 100], **scores)  # the folder's first name
+    curves("sra_offline/sra/Maze2D-umaze-v0/seed1", [0, 10, 20, 30, 80, 100], **scores)
     curves("sra_offline/sra/Maze2D-umaze-v0/seed2", [0, 10, 20, 30, 60, 40], **scores)
     paper = tmp_path / "benchmark" / "published" / "sra_offline.csv"
     paper.parent.mkdir()
-    paper.write_text("env,variant,reward,score\nmaze2d-umaze,sra,sparse,112\nmaze2d-umaze,sra,dense,99")
-    assert cells(plot.result_table("sra_offline")) == [["sra", "50, 90 (112)"]]
+    paper.write_text("env,variant,reward,score\nMaze2D-umaze-v0,sra,sparse,112\nMaze2D-umaze-v0,sra,dense,99")
+    assert cells(plot.result_table("sra_offline")) == [["sra", "90, 50 (112)"]]
 
 
 def test_pairs_of_an_offline_study(curves):

@@ -145,7 +145,7 @@ def test_demonstrations_are_chosen_by_the_data_seed_and_rewarded(tmp_path):
     whole = sra.concat(*offline)
     assert not whole.rewards.any() and whole.terminations.tolist() == [0, 0, 1] + 17 * [0] + [1]
     assert torch.equal(whole.next_obs, whole.obs + 1)
-    assert (whole.actions == torch.tensor([0.5, -1])).all()  # of the box's [-1, 1]
+    assert torch.allclose(whole.actions, torch.tensor([0.5, -1]), atol=2e-6)  # of the box's [-1, 1]
 
 
 # --------------------------------------------------------------------------------- policy, confidence, resampling

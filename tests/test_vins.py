@@ -160,7 +160,7 @@ def test_the_oracle_is_the_simulator_and_leaves_it_as_it_was():
 @pytest.mark.parametrize("env_id,number", NUMBERS.items())
 def test_demonstrations_are_whole_episodes_that_succeed_at_their_end(env_id, number):
     env = vins.make_env(env_id)
-    data, ends = vins.read_demos(str(ROOT / "demos" / f"{env_id}.npz"), env)
+    data, (_, ends, _) = np.load(path := ROOT / "demos" / f"{env_id}.npz"), vins.load_demos(path, env, 0, 1, "cpu")
     assert len(ends) == number and ends[-1] == len(data["rewards"]) and data["truncations"].sum() == 0
     distances = np.linalg.norm(data["next_observations"][:, :3] - data["next_observations"][:, 3:6], axis=1)
     assert np.array_equal(np.flatnonzero(distances < 0.05) + 1, ends)
@@ -193,7 +193,7 @@ def test_episodes_end_at_their_first_success():
 def test_side_by_side_is_one_after_the_other():
     """Five environments give the episodes that each would give alone, and successes are counted as they happen."""
     env_id = "FetchReach-v4"
-    expert, _ = vins.load_demos(str(ROOT / f"demos/{env_id}.npz"), vins.make_env(env_id), 10, 1, "cpu")
+    expert, *_ = vins.load_demos(str(ROOT / f"demos/{env_id}.npz"), vins.make_env(env_id), 10, 1, "cpu")
     torch.manual_seed(0)
     sizes = (len(expert.obs[0]), 4, tuple(vins.LAYOUTS["FetchReach"]), (32,), (8,), 4)
     it = vins.Agent(sizes, expert, replace(TINY, algo="bc", actor_lr=3e-3))
