@@ -1,4 +1,4 @@
-"""Wrappers that change the training environment of hype.py and hyper_paper.py."""
+"""Wrappers that change the environment of hype.py, hyper.py and hyper_paper.py."""
 
 import gymnasium as gym
 import numpy as np

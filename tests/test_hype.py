@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import hype
 import hyper
-from envs.wrappers import DemoStarts
+from envs.wrappers import DemoStarts, TremblingHand
 from evaluate import simulator_state
 from tests.conftest import ROOT
 
@@ -110,6 +110,17 @@ def test_what_a_batch_holds(algo, own, of_expert, tmp_path, monkeypatch):
     monkeypatch.setattr(hype, "critic_loss", watch)
     hype.train(settings(algo, total_timesteps=100, cost_lr=0.01, run_dir=str(tmp_path)))
     assert len(rewards) == 41 and np.std(rewards) > 0.01
+
+
+@pytest.mark.parametrize("script", [hype, hyper])
+def test_the_hand_trembles_in_training_and_in_evaluation(script, tmp_path, monkeypatch):
+    seen, step = [], TremblingHand.action
+    monkeypatch.setattr(
+        TremblingHand, "action", lambda hand, *action: seen.append(hand.p_tremble) or step(hand, *action)
+    )
+    settings = dict(device="cpu", env_id="Hopper-v4", demos=HOPPER, total_timesteps=50, eval_episodes=2, p_tremble=0.3)
+    rows = script.train(script.Args(**settings, run_dir=str(tmp_path)))
+    assert len(seen) == 50 + 2 * sum(row["eval_length_mean"] for row in rows) and set(seen) == {0.3}
 
 
 def hopper(num_demos: int, prob: float) -> DemoStarts:
