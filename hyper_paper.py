@@ -115,9 +115,9 @@ TUNED = {
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """Environment with flat float32 observations, copied when they arrive, and actions in [-1, 1]."""
     env = gym.make(f"shimmy:{env_id}" if env_id.startswith("dm_control/") else env_id, render_mode=render_mode)
-    env, box = gym.wrappers.FlattenObservation(env), env.action_space
-    if not (env.spec.max_episode_steps or env_id.startswith("dm_control/")):  # these bring their own
-        raise SystemExit(f"{SCRIPT}.py: {env_id} has no time limit: register it with max_episode_steps")
+    box, env = env.action_space, gym.wrappers.FlattenObservation(env)
+    if len(box.shape or ()) != 1 or not (env.spec.max_episode_steps or env_id.startswith("dm_control/")):
+        raise SystemExit(f"{SCRIPT}.py: {env_id} needs a vector of actions and a time limit (max_episode_steps)")
     sizes = {"Ant": 27, "Humanoid": 45}  # positions and velocities, whatever a version of the robot adds behind them
     dim = sizes.get(env_id.split("-v")[0], env.observation_space.shape[0])
     space = gym.spaces.Box(-np.inf, np.inf, (dim,), np.float32)
@@ -161,15 +161,15 @@ def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: 
     taken = 2 * (data.get("actions", np.full((n, *box.shape), np.nan)) - box.low) / (box.high - box.low) - 1
     ended = (data["terminations"] > 0) | (data["truncations"] > 0)
     ends = np.flatnonzero(ended) + 1
-    at_limit = data["terminations"][ends - 1].all() and (np.diff(ends, prepend=0) == limit).all()
+    at_limit = (data["terminations"] > data["truncations"])[ends - 1][np.diff(ends, prepend=0) == limit].any()
     joined = np.isclose(data["next_observations"], np.roll(data["observations"], -1, 0), atol=1e-5).all(1)
     robot, here = (str(name).split(":")[-1].split("-v")[0] for name in (about.get("env_id", env.spec.id), env.spec.id))
     faults = {
         f"was recorded in {robot}, not in {here}": robot != here,
         "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
         "lacks rows (subsampled?), or has next_observations of the next trajectory": (joined == ended)[:-1].any(),
-        "terminates each trajectory at the time limit (truncations?)": len(ends) and at_limit,
-        "has actions outside the bounds, or all within half of them": actions and not 0.5 < abs(taken).max() < 1.001,
+        "terminates a trajectory at the time limit (truncations?)": at_limit,
+        "has actions beyond the bounds or all in half of them (units?)": actions and not 0.5 < abs(taken).max() < 1.001,
     }
     for fault, found in faults.items():
         if found and not about.get("checked"):
@@ -558,15 +558,15 @@ def open_run(args: Args) -> tuple[Path, dict]:
         import_module("wandb").init(id=run_dir.name, resume="allow", config=settings, sync_tensorboard=True)
     run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)
     file, checkpoint = run_dir / "args.json", run_dir / "checkpoint.pt"
-    for name, old in json.loads(file.read_text())["args"].items() if file.exists() else ():
-        longer = name == "total_timesteps" and settings[name] > old
-        if settings[name] != old and name not in ("run_dir", "compile") and not longer:
-            raise SystemExit(f"{SCRIPT}.py: --{name.replace('_', '-')} was {old} in {run_dir}, now {settings[name]}")
+    old = settings | (json.loads(file.read_text())["args"] if file.exists() else {})
+    for name, new in settings.items():
+        fits = new == old[name] or name in ("run_dir", "compile") or (name == "total_timesteps" and new > old[name])
+        if not fits:
+            raise SystemExit(f"{SCRIPT}.py: --{name.replace('_', '-')} was {old[name]} in {run_dir}, now it is {new}")
     status, commit = subprocess.getstatusoutput("git describe --always --dirty --abbrev=40 --exclude='*'")
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    about = dict(script=SCRIPT, args=settings, commit=None if status else commit, gpu=gpu)
+    about = dict(script=SCRIPT, args=settings, commit=None if status else commit)
     about |= {name: metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    file.write_text(json.dumps(about, indent=2))
+    file.write_text(json.dumps(about | dict(gpu=args.device == "cuda" and torch.cuda.get_device_name()), indent=2))
     state = torch.load(checkpoint, weights_only=False) if checkpoint.exists() else {}
     print(f"{SCRIPT}.py: {run_dir} {'continues' if state else 'begins'}")
     torch.set_rng_state(state.get("rng", torch.get_rng_state()))
@@ -580,7 +580,7 @@ def train(args: Args) -> list[dict]:
     args = pick_device(args)
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # weight decay drives unused weights towards 0, where arithmetic is slow
-    for set_seed in (torch.manual_seed, random.seed, np.random.seed):  # environments may draw from the latter
+    for set_seed in (torch.manual_seed, random.seed, np.random.seed):  # environments may draw from the last two
         set_seed(args.seed % 2**32)
     env, cost_env, eval_env = (TremblingHand(make_env(args.env_id), args.p_tremble) for _ in range(3))
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
@@ -633,7 +633,7 @@ def train(args: Args) -> list[dict]:
         if step >= args.learning_starts:
             hybrid.add(*(field[0] for field in sample(expert, 1)))
         obs, learner = next_obs, buffer.all()
-        learning_step = step + 1 - args.learning_starts
+        learning_step = step + 1 - max(args.learning_starts, 1)
 
         # Model: fit it to the queue, then imagine rollouts, all from expert or all from learner states
         if learning_step >= 0 and learning_step % args.model_every == 0:

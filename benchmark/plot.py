@@ -32,7 +32,7 @@ NAMES = {"hyper/default": "HyPER", "hype/hype": "HyPE", "hype/hype-filter": "HyP
 NAMES |= {"sac_eo/default": "SAC-EO", "bco_baseline/forward": "BCO"}
 # Variants with a line in the picture; the others stand in the table alone. Scripts that are not named draw all.
 DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="", maml="")
-DRAWN["vins"] = "rl-from-vins rl-from-random"
+DRAWN |= dict(vins="rl-from-vins rl-from-random", slbo="default mb-trpo mf-trpo mse sac")
 LEVELS = {"sac_eo": (0.5, 0.8, 0.9), "bco_baseline": (0.5, 0.8, 0.9), "mbarl": (0.5, 0.9, 1.0)}
 MEASURES = dict(mbarl="success_rate", vins="success_rate")
 MEASURES |= dict.fromkeys(("sra_offline", "offline_baselines"), "normalized_score")
@@ -125,7 +125,7 @@ def editions(paths: list[Path]) -> str:
 
 def result_table(script: str) -> str:
     """All runs; where some seeds went further than others, a row for each length."""
-    if MEASURES.get(script) == "normalized_score" or script == "vins":
+    if script in ("sra_offline", "offline_baselines", "vins", "slbo"):
         return score_table(script)
     found = [(*key, paths, curve(paths)) for key, seeds in results(script).items() for paths in stretches(seeds)]
     unit, form, levels = "success" if script in MEASURES else "of the expert", "{:.0%}", LEVELS.get(script, (0.9,))
@@ -142,21 +142,20 @@ def result_table(script: str) -> str:
 
 
 def score_table(script: str) -> str:
-    """Normalised scores or success: of each seed the mean of the last third of its evaluations, since they swing."""
+    """A row for each variant, a column for each environment: of each seed the mean of the last third of evaluations,
+    since they swing (slbo: of ten); and the published score."""
     found, rows, form = results(script), [], "{:.0%}" if script == "vins" else "{:.0f}"
     papers = read(ROOT / "benchmark" / "published" / "sra_offline.csv")
-    theirs = {(row["env"], row["variant"]): row["score"] for row in papers if row["reward"] != "dense"}
-    envs, variants = sorted({env_id for env_id, _ in found}), sorted({variant for _, variant in found})
+    theirs = {
+        (row["env"], row["variant"]): f" ({float(row['score']):.0f})" for row in papers if row["reward"] != "dense"
+    }
+    envs, variants = (sorted({key[i] for key in found}) for i in range(2))
     for variant in sorted(variants, key=lambda variant: variant not in DRAWN["sra_offline"].split()):
         rows.append([variant])
-        for env_id in envs:
-            cell, paper = "-", theirs.get((env_id, variant))
-            if (env_id, variant) in found:
-                run = curve(found[env_id, variant])
-                cell = each(run.values[:, -max(1, len(run.steps) // 3) :].mean(1), form)
-                cell += f" ({float(paper):.0f})" if paper else ""
-            rows[-1].append(cell)
-    head = "success, each seed" if script == "vins" else "score, each seed (published)"
+        for run, key in ((found.get(key) and curve(found[key]), key) for key in ((env_id, variant) for env_id in envs)):
+            n = 10 if script == "slbo" else max(1, len(run.steps) // 3) if run else 0
+            rows[-1].append(each(run.values[:, -n:].mean(1), form) + theirs.get(key, "") if run else "-")
+    head = {"vins": "success, each seed", "slbo": "return, each seed"}.get(script, "score, each seed (published)")
     return markdown([head, *envs], rows)
 
 

@@ -80,7 +80,8 @@ gym.register("Endless-v0", entry_point=pointmass.PointMass, disable_env_checker=
 HERE = "tests.test_faults"
 
 WORLDS = [
-    ("sac", f"--env-id {HERE}:Endless-v0", r"no time limit: register it with max_episode_steps"),
+    ("sac", "--env-id tests.pointmass:Discrete-v0", r"Discrete-v0 needs a vector of actions"),
+    ("sac", f"--env-id {HERE}:Endless-v0", r"Endless-v0 needs .* a time limit \(max_episode_steps\)"),
     ("hyper", "--env-id tests.pointmass:Lawless-v0 --demos DEMOS --num-demos 5", r"Lawless-v0 end\? Give it `t"),
     ("mbarl", f"--env-id {POINT}", r"PointMass-v0 has no goals, .* docs/mbarl.md shows a world"),
     ("mbarl_offline", "--env-id envs.tabletop:Tabletop-v0", r"no uniform_states\(n, rng\); take PointMass2D-v0"),
@@ -171,10 +172,10 @@ WRONG = {
     ),
     "time limits as terminations": (
         lambda d: d | dict(terminations=d["truncations"], truncations=d["terminations"]),
-        *({}, r"terminates each trajectory at the time limit"),
+        *({}, r"terminates a trajectory at the time limit"),
     ),
-    "actions in [-1, 1]": (lambda d: d | dict(actions=d["actions"] / 2.01), {}, "all within half"),
-    "actions in degrees": (lambda d: d | dict(actions=d["actions"] * 57), {}, "outside the bounds"),
+    "actions in [-1, 1]": (lambda d: d | dict(actions=d["actions"] / 2.01), {}, "all in half"),
+    "actions in degrees": (lambda d: d | dict(actions=d["actions"] * 57), {}, "beyond the bounds"),
     "not finite": (with_nan, {}, "not finite"),
     "empty": (lambda d: {name: column[:0] for name, column in d.items()}, {}, "cannot reshape array of size 0"),
     "no rewards": (lambda d: {name: d[name] for name in d if name != "rewards"}, {}, "rewards is not a file"),

@@ -204,7 +204,7 @@ def test_a_longer_run_goes_on_as_if_it_had_been_so_long_from_the_start(alone):
 def test_another_setting_is_refused_by_its_two_values(alone):
     run_dir = str(alone.run_dir.relative_to(alone.folder))
     for words, message in (("--seed 7", "--seed was 1 in"), ("--total-timesteps 60", "--total-timesteps was 300 in")):
-        with pytest.raises(SystemExit, match=rf"^{alone.script}\.py: {message} runs/.*, now {words.split()[1]}"):
+        with pytest.raises(SystemExit, match=rf"^{alone.script}\.py: {message} runs/.*, now it is {words.split()[1]}"):
             run(alone.script, f"{alone.words} {words}", alone.folder, run_dir)
 
 
