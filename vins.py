@@ -46,7 +46,7 @@ class Args:
     algo: Literal["vins", "bc", "vins-no-ns", "vins-no-bc", "vins-oracle-model", "vins-oracle-model-no-bc"] = "vins"
     """bc: the cloned policy; no-ns: no negative samples; no-bc: actions from the whole box; oracle: the simulator"""
     seed: int = 1
-    total_timesteps: int = 20_000  # gradient steps of each network
+    total_timesteps: int = 10_000  # gradient steps, of VINS and RL together
     device: Literal["cpu", "cuda", "mps"] = "cpu"
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -66,8 +66,8 @@ class Args:
     tau: float = 0.005
     value_lr: float = 3e-4
     negative_weight: float = 0.3  # mu, of the loss of negative samples
-    negative_slope: float = 20.0  # lambda, by how much values fall with the distance, in standard deviations
-    negative_scale: float = 0.7  # standard deviation of the perturbations, in standard deviations
+    negative_slope: float = 20.0  # lambda, steps that values fall for each standard deviation of distance
+    negative_scale: float = 0.7  # size of the perturbations, in the demonstrations' standard deviations
 
     # Model, cloned policy, induced policy
     model_hidden_sizes: tuple[int, ...] = (256, 256)
@@ -77,7 +77,7 @@ class Args:
     radius: float = 0.1  # alpha, how far they are from the cloned action
 
     # VINS+RL
-    rl_after: int | None = None  # from this gradient step on, collect real episodes; 0: from random networks
+    rl_after: int | None = None  # from this gradient step on option 2 acts and collects; 0: random networks
     rl_every: int = 200  # gradient steps between collections
     rl_episodes: int = 10  # of a collection
 
@@ -87,7 +87,7 @@ class Layout(NamedTuple):
     """Columns of the flat observation: achieved goal 0 to 2, desired goal 3 to 5, observation from 6 on."""
 
     state: tuple[int, ...]  # what the model predicts; the value function sees it and the goal
-    perturbed: tuple[tuple[int, ...], ...]  # columns that each of the negative samples of a state changes
+    perturbed: tuple[tuple[int, ...], ...]  # an entry for each negative sample: the columns it moves
     goal: tuple[int, ...] = (3, 4, 5)
 
 
@@ -338,8 +338,8 @@ class Agent(nn.Module):
     def __init__(self, sizes: tuple, expert: Batch, args: Args):
         """All inputs, and the model's outputs, are standardised by the demonstrations."""
         super().__init__()
-        candidates = dict(bc=(0.0, True)) | dict.fromkeys(("vins-no-bc", "vins-oracle-model-no-bc"), (1.0, False))
-        self.actor = Actor(*sizes, *candidates.get(args.algo, (args.radius, True)))
+        options = dict(bc=(0.0, True)) | dict.fromkeys(("vins-no-bc", "vins-oracle-model-no-bc"), (1.0, False))
+        self.actor = Actor(*sizes, *options.get(args.algo, (args.radius, True)))  # radius, around the cloned action
         self.to(args.device)
         model, value = self.actor.model, self.actor.value
         self.actor.clone.normalise.fit(expert.obs)
@@ -356,7 +356,7 @@ class Agent(nn.Module):
 def td_loss(value: GoalValue, target_value: GoalValue, batch: Batch, mix: Tensor) -> Tensor:
     """E (r + V_target(s') - V(s))^2 with r = -1 and value 0 at the goal (L_td), at states between s and s'.
 
-    mix [interpolations, batch] in [0, 1] is the share of s, from where s' is so many steps away.
+    These are mix s + (1 - mix) s', mix steps before s', for mix [interpolations, batch] in [0, 1].
     """
     with torch.no_grad():
         next_values = target_value(batch.next_obs) * (1 - batch.terminations)
@@ -389,7 +389,7 @@ def one_step_loss(model: Model, batch: Batch) -> Tensor:
 
 
 def clone_loss(clone: Clone, batch: Batch) -> Tensor:
-    """E |pi(s) - a|^2"""
+    """E |pi(s) - a|^2, the mean over dimensions."""
     return F.mse_loss(clone(batch.obs), batch.actions)
 
 
@@ -512,6 +512,8 @@ def train(args: Args) -> list[dict]:
     torch.set_num_threads(1)  # run several seeds side by side instead
     torch.set_flush_denormal(True)  # numbers next to 0 would be slow
     torch.manual_seed(args.seed)
+    if args.rl_after is not None and args.algo in ("bc", "vins-oracle-model", "vins-oracle-model-no-bc"):
+        raise SystemExit(f"{SCRIPT}.py: --rl-after needs learned values and a learned model, not --algo {args.algo}")
     layout = LAYOUTS.get(args.env_id.split("-v")[0])
     if layout is None:
         raise SystemExit(f"{SCRIPT}.py: what are state and goal of {args.env_id}? See LAYOUTS")
@@ -536,7 +538,7 @@ def train(args: Args) -> list[dict]:
     for step in bar:
         interactive = args.rl_after is not None and step >= args.rl_after
         if interactive:
-            actor.radius, actor.around_clone = 1.0, False  # option 2
+            actor.radius, actor.around_clone = 1.0, False  # option 2, also in the evaluation that comes now
         if step % args.eval_every == 0 or step == args.total_timesteps:
             row = dict(env_steps=env_steps, updates=step, wall_time_s=round(time.time() - start_time, 1))
             row |= evaluate_side_by_side(actor, envs, args.eval_episodes, args.seed * 1_000_000 + step, oracle)
