@@ -86,6 +86,7 @@ WORLDS = [
     ("mbarl", f"--env-id {POINT}", r"PointMass-v0 has no goals, .* docs/mbarl.md shows a world"),
     ("mbarl_offline", "--env-id envs.tabletop:Tabletop-v0", r"no uniform_states\(n, rng\); take PointMass2D-v0"),
     ("sra_offline", f"{COMMANDS['sra_offline']} --num-imagined 1", r"nothing is imagined; give fewer --warmup"),
+    ("vins", "--algo bc --rl-after 0", r"--rl-after needs learned values and a learned model, not --algo bc"),
 ]
 
 
