@@ -1,6 +1,4 @@
-"""Tables and pictures of README and docs, from the committed runs.
-
-    pip install -r benchmark/requirements.txt && python benchmark/plot.py
+"""Tables and pictures of README and docs: pip install -r benchmark/requirements.txt && python benchmark/plot.py
 
 Reads benchmark/results/<script>/<variant>/<env-id>/seed<k>.csv and fills README.md and docs/*.md between `<!-- KIND
 NAME -->` and `<!-- end -->`, see TABLES. Bands in pictures are from the least to the greatest seed, dashed are papers.
@@ -12,9 +10,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -78,11 +73,6 @@ def stretches(paths: list[Path]) -> list[list[Path]]:
     """For each length at which a seed ended, the seeds that went so far: at first all, at last the longest."""
     lengths = {path: curve([path]).steps[-1] for path in paths}
     return [[path for path in paths if lengths[path] >= length] for length in sorted(set(lengths.values()))]
-
-
-def main_curve(paths: list[Path]) -> Curve:
-    """As far as three seeds went, or all of fewer."""
-    return curve([some for some in stretches(paths) if len(some) >= min(3, len(paths))][-1])
 
 
 def methods(page: str) -> dict[str, dict[str, list[Path]]]:
@@ -163,7 +153,7 @@ def comparison_table(page: str) -> str:
     """Methods after the fewest steps that one of the page's own script took; those that took fewer tell theirs."""
     columns = {}
     for env_id, there in methods(page).items():
-        runs = {name: main_curve(paths) for name, paths in there.items()}
+        runs = {name: curve(paths) for name, paths in there.items()}
         ends = [run.steps[-1] for name, run in runs.items() if there[name][0].parts[-4] == page and not run.offline]
         if len(ends) < 2:
             continue
@@ -181,19 +171,18 @@ def comparison_table(page: str) -> str:
 def effect_table(script: str) -> str:
     """By how much the return differs between two values of one factor, over pairs of policies that share the others."""
     rows, names = [], ["start", "size", "rollout_length", "seed"]
+    forms = dict(start="{} starts", rollout_length="{} steps", size="{} transitions")
     for (env_id, variant), paths in (results(script, True) | results(f"{script}_offline", True)).items():
         policies = pd.concat(map(pd.read_csv, paths))
-        parts = list(policies.groupby("start", sort=False))
-        factors = [("rollout_length", "{} steps", *part) for part in parts]
-        factors += [("size", "{} transitions", *part) for part in parts] + [("start", "{} starts", "all", policies)]
-        for factor, form, start, part in factors:
-            values = [*part[factor].unique()] if factor == "start" else sorted(part[factor].unique())
-            table = part.pivot(index=[name for name in names if name != factor], columns=factor)["eval_return_mean"]
-            change = (table[values[-1]] - table[values[0]]).dropna()
-            if len(values) > 1 and len(change):
-                numbers = [f"{number:.1f}" for number in (change.mean(), change.min(), change.max())]
-                ends = form.format(values[0]), form.format(values[-1]), start
-                rows.append([env_id, variant, *ends, *numbers, f"{(change > 0).sum()} of {len(change)}"])
+        for start, part in [*policies.groupby("start", sort=False), ("all", policies)]:
+            for factor in ("start",) if start == "all" else ("rollout_length", "size"):
+                low, *_, high = sorted({*part[factor]}, reverse=factor == "start") * 2
+                table = part.pivot(index=[name for name in names if name != factor], columns=factor)["eval_return_mean"]
+                change = (table[high] - table[low]).dropna()
+                if low != high and len(change):
+                    row = [env_id, variant, forms[factor].format(low), forms[factor].format(high), start]
+                    numbers = [f"{number:.1f}" for number in (change.mean(), change.min(), change.max())]
+                    rows.append([*row, *numbers, f"{(change > 0).sum()} of {len(change)}"])
     head = "environment, variant, instead of, , starts, difference in return, least, greatest, greater in"
     return markdown(head.split(", "), rows)
 
@@ -223,7 +212,7 @@ def picture(file: str, panels: dict[str, dict[str, list[Path]]], unit: str) -> N
         ax.set_axis_off()
     for ax, (env_id, there) in zip(axes.flat, panels.items(), strict=False):
         for name, paths in there.items():
-            run, color = main_curve(paths), f"C{names.index(name) % 10}"
+            run, color = curve(paths), f"C{names.index(name) % 10}"
             label = f"{name}, {len(run.values)} seed{'s' * (len(run.values) > 1)}"
             if run.offline and unit == "return":
                 ax.axhline(last(run).mean(), ls="-.", color=color, label=label)
@@ -254,8 +243,8 @@ def main() -> None:
         page.write_text(mark.sub(lambda m: f"{m[1]}{TABLES[m[2]](m[3])}\n{m[4]}", page.read_text()))
     for script in (path.name for path in (ROOT / "benchmark" / "results").iterdir() if methods(path.name)):
         picture(script, methods(script), MEASURES.get(script, "return").replace("_", " "))
-    robots, names = ("Hopper-v4", "Ant-v4"), ("HyPER", "HyPE", "GAIL", "BC")
-    panels = {env_id: {name: methods("hype")[env_id][name] for name in names} for env_id in robots}
+    there, names = methods("hype"), ("HyPER", "HyPE", "GAIL", "BC")
+    panels = {env_id: {name: there[env_id][name] for name in names} for env_id in ("Hopper-v4", "Ant-v4")}
     picture("hyper_hype", panels, "return")
 
 

@@ -73,7 +73,7 @@ def test_pairs_of_an_offline_study(curves):
     path = curves("mbarl/offline/Toy-v0/seed1", [])
     rows = "1,200,20,narrow,10 1,1000,20,narrow,40 1,200,50,narrow,15 1,200,20,demo,7 1,200,50,demo,5".split()
     path.write_text("\n".join(["seed,size,rollout_length,start,eval_return_mean", *rows]))
-    narrow, demo, size, start = (row[2:] for row in cells(plot.effect_table("mbarl")))
+    narrow, size, demo, start = (row[2:] for row in cells(plot.effect_table("mbarl")))
     assert narrow == ["20 steps", "50 steps", "narrow", "5.0", "5.0", "5.0", "1 of 1"] and demo[3] == "-2.0"
     assert size[:4] == ["200 transitions", "1000 transitions", "narrow", "30.0"]
     assert start == ["narrow starts", "demo starts", "all", "-6.5", "-10.0", "-3.0", "0 of 2"]
