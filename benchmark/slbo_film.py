@@ -1,7 +1,7 @@
 """What SLBO's model predicts beside what the robot does, after few, more and all real steps: docs/slbo_model.png
 
     pip install -r benchmark/requirements.txt
-    MUJOCO_GL=egl python benchmark/slbo_film.py --run-dir runs/film     # trains, a quarter of an hour; or osmesa
+    MUJOCO_GL=egl python benchmark/slbo_film.py --run-dir runs/film     # trains, ten minutes; or osmesa
 
 The policy without noise moves in the model and in the simulator, from the same start. The command again draws anew.
 """
