@@ -65,7 +65,7 @@ class Args:
 
     # Updates of a round
     model_updates: int = 100
-    policy_updates: int = 5  # each with fresh virtual steps
+    policy_updates: int = 20  # each with fresh virtual steps; a new policy needs many
     ou_theta: float = 0.15  # Ornstein-Uhlenbeck noise on the actions of real steps
     ou_sigma: float = 0.3
 
