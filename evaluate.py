@@ -1,7 +1,7 @@
 """Measure, film or record the policy of a run of any script.
 
 python evaluate.py runs/Hopper-v4__hyper__1__1764294000 --episodes 50
-python evaluate.py demos/experts/Hopper-v4.pt --video                 # videos/ in the current folder
+python evaluate.py demos/experts/Hopper-v4.pt --video                 # into videos/; of a run, into its folder
 python evaluate.py runs/... --record my.npz --episodes 10             # demonstrations, see demos/README.md
 """
 

@@ -53,7 +53,7 @@ class Args:
     demos: str | None = None  # .npz file of expert trajectories; default demos/<env_id>.npz
     num_demos: int = 10
     demo_subsample: int = 1  # use every k-th transition of them
-    p_tremble: float = 0.0  # probability that a step executes a random action instead, also in evaluation
+    p_tremble: float = 0.0  # probability that a step takes a random action instead, also in evaluations of the run
     reset_prob: float = 0.0  # probability, below 1, that a training episode starts at a demonstrated state
 
     # Cost (discriminator)
@@ -136,7 +136,7 @@ def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: 
     faults = {
         f"was recorded in {robot}, not in {here}": robot != here,
         "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
-        "lacks rows (subsampled?), or has next_observations of the next trajectory": (joined == ended)[:-1].any(),
+        "lacks rows or marks of ends, or has next_observations of the next trajectory": (joined == ended)[:-1].any(),
         "terminates a trajectory at the time limit (truncations?)": at_limit,
         "has actions beyond the bounds or all in half of them (units?)": actions and not 0.5 < abs(taken).max() < 1.001,
     }
@@ -144,7 +144,7 @@ def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: 
         if found and not about.get("checked"):
             raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
     if len(ends) < max(num_demos, 1):
-        raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} trajectories; give --num-demos {len(ends)}")
+        raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} marked ends of trajectories; fewer --num-demos?")
     ends = ends[: num_demos or None]
     columns = data["observations"], taken.clip(-1 + 1e-6, 1 - 1e-6), np.zeros(n), data["next_observations"]
     columns = [x[: ends[-1] : subsample] for x in (*columns, data["terminations"])]

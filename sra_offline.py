@@ -167,7 +167,7 @@ def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: 
     faults = {
         f"was recorded in {robot}, not in {here}": robot != here,
         "has numbers that are not finite": not all(np.isfinite(column).all() for column in data.values()),
-        "lacks rows (subsampled?), or has next_observations of the next trajectory": (joined == ended)[:-1].any(),
+        "lacks rows or marks of ends, or has next_observations of the next trajectory": (joined == ended)[:-1].any(),
         "terminates a trajectory at the time limit (truncations?)": at_limit,
         "has actions beyond the bounds or all in half of them (units?)": actions and not 0.5 < abs(taken).max() < 1.001,
     }
@@ -175,7 +175,7 @@ def load_demos(path: str, env: gym.Env, num_demos: int, subsample: int, device: 
         if found and not about.get("checked"):
             raise SystemExit(f"{SCRIPT}.py: {path} {fault}; if that is meant, its metadata must say checked")
     if len(ends) < max(num_demos, 1):
-        raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} trajectories; give --num-demos {len(ends)}")
+        raise SystemExit(f"{SCRIPT}.py: {path} has {len(ends)} marked ends of trajectories; fewer --num-demos?")
     ends = ends[: num_demos or None]
     columns = data["observations"], taken.clip(-1 + 1e-6, 1 - 1e-6), np.zeros(n), data["next_observations"]
     columns = [x[: ends[-1] : subsample] for x in (*columns, data["terminations"])]
@@ -198,7 +198,7 @@ def load_data(env: gym.Env, args: Args) -> tuple[list[Batch], list[Batch], float
         files = args.offline_data or [maze_file(name, "offline", args.offline_steps, args.data_seed)]
     expert, returns = load_episodes(demos, env, args.device)
     if len(expert) < args.num_demos:
-        raise SystemExit(f"{SCRIPT}.py: {demos} has {len(expert)} trajectories; give --num-demos {len(expert)}")
+        raise SystemExit(f"{SCRIPT}.py: {demos} has {len(expert)} marked ends of trajectories; fewer --num-demos?")
     chosen = np.random.default_rng([args.data_seed, 2]).permutation(len(expert))[: args.num_demos]
     expert = [expert[i]._replace(rewards=torch.ones_like(expert[i].rewards)) for i in chosen]
     offline = [episode for file in files for episode in load_episodes(file, env, args.device)[0]]

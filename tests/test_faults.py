@@ -180,7 +180,7 @@ WRONG = {
     "not finite": (with_nan, {}, "not finite"),
     "empty": (lambda d: {name: column[:0] for name, column in d.items()}, {}, "cannot reshape array of size 0"),
     "no rewards": (lambda d: {name: d[name] for name in d if name != "rewards"}, {}, "rewards is not a file"),
-    "too few": (lambda d: {name: column[:120] for name, column in d.items()}, {}, "2 trajectories; give --num-demos 2"),
+    "too few": (lambda d: {name: column[:120] for name, column in d.items()}, {}, "has 2 marked ends of trajectories"),
 }
 
 
@@ -218,9 +218,7 @@ IMITATORS = [script for script in COMMANDS if "--num-demos" in COMMANDS[script] 
 def test_every_script_reads_with_suspicion(script, demos, tmp_path):
     words = f"--env-id {POINT}" + (f" --offline-data {demos}" if "offline" in script else "")
     assert f"{tmp_path}/no.npz" in complaint(script, f"{words} --demos {tmp_path}/no.npz", tmp_path)
-    assert "has 5 trajectories; give --num-demos 5" in complaint(
-        script, f"{words} --demos {demos} --num-demos 6", tmp_path
-    )
+    assert "has 5 marked ends of trajectories" in complaint(script, f"{words} --demos {demos} --num-demos 6", tmp_path)
     shift = write(tmp_path / "shift.npz", shifted(dict(np.load(demos))))
     assert "of the next trajectory" in complaint(script, f"{words} --demos {shift} --num-demos 5", tmp_path)
 
