@@ -230,7 +230,6 @@ def picture(file: str, panels: dict[str, dict[str, list[Path]]], unit: str) -> N
             ax.set(ylim=(-0.05, 1.15), ylabel="return / expert's")
         ax.legend(fontsize=7)
     figure.savefig(ROOT / "docs" / f"{file}.png", dpi=130)
-    plt.close(figure)
 
 
 TABLES = dict(results=result_table, comparison=comparison_table, effects=effect_table, held_out=held_out_table)
@@ -243,8 +242,7 @@ def main() -> None:
         page.write_text(mark.sub(lambda m: f"{m[1]}{TABLES[m[2]](m[3])}\n{m[4]}", page.read_text()))
     for script in (path.name for path in (ROOT / "benchmark" / "results").iterdir() if methods(path.name)):
         picture(script, methods(script), MEASURES.get(script, "return").replace("_", " "))
-    there, names = methods("hype"), ("HyPER", "HyPE", "GAIL", "BC")
-    panels = {env_id: {name: there[env_id][name] for name in names} for env_id in ("Hopper-v4", "Ant-v4")}
+    panels = {e: {n: methods("hype")[e][n] for n in ("HyPER", "HyPE", "GAIL", "BC")} for e in ("Hopper-v4", "Ant-v4")}
     picture("hyper_hype", panels, "return")
 
 
