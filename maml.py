@@ -144,11 +144,11 @@ class RunningNormaliser(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Merges [n, dim] in (the parallel variance of Chan et al.)."""
-        x, mean, var, n, m = x.double(), self.mean.double(), self.std.double() ** 2, self.count.double(), len(x)
-        delta, share = x.mean(0) - mean, m / (n + m)
+        x, mean, std, n = (numbers.cpu().double() for numbers in (x, self.mean, self.std, self.count))
+        delta, share = x.mean(0) - mean, len(x) / (n + len(x))
         self.mean.copy_(mean + share * delta)
-        self.std.copy_(((1 - share) * var + share * x.var(0, correction=0) + share * (1 - share) * delta**2).sqrt())
-        self.count += m
+        self.std.copy_(((1 - share) * std**2 + share * x.var(0, correction=0) + share * (1 - share) * delta**2).sqrt())
+        self.count += len(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std.clamp(min=1e-8)

@@ -50,7 +50,7 @@ class Args:
     algo: Literal["mbarl", "medal", "fbrl", "naive", "oracle"] = "mbarl"
     seed: int = 1
     total_timesteps: int = 90_000
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names

@@ -533,7 +533,7 @@ def transport_rewards(episodes: list[Tensor], experts: list[Tensor], horizon: in
     5 exp(-5 T / obs_dim times the transported cosine distance), by the expert trajectory that gives most.
     """
     episodes, experts = (
-        [F.normalize(obs.double(), dim=1).cpu().numpy() for obs in states] for states in (episodes, experts)
+        [F.normalize(obs.cpu().double(), dim=1).numpy() for obs in states] for states in (episodes, experts)
     )
     result = []
     for episode in tqdm(episodes, desc="optimal transport", leave=False):

@@ -191,11 +191,11 @@ class RunningNormaliser(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Merges [n, dim] in (the parallel variance of Chan et al.)."""
-        x, mean, var, n, m = x.double(), self.mean.double(), self.std.double() ** 2, self.count.double(), len(x)
-        delta, share = x.mean(0) - mean, m / (n + m)
+        x, mean, std, n = (numbers.cpu().double() for numbers in (x, self.mean, self.std, self.count))
+        delta, share = x.mean(0) - mean, len(x) / (n + len(x))
         self.mean.copy_(mean + share * delta)
-        self.std.copy_(((1 - share) * var + share * x.var(0, correction=0) + share * (1 - share) * delta**2).sqrt())
-        self.count += m
+        self.std.copy_(((1 - share) * std**2 + share * x.var(0, correction=0) + share * (1 - share) * delta**2).sqrt())
+        self.count += len(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std.clamp(min=1e-8)
@@ -663,16 +663,16 @@ def train(args: Args) -> list[dict]:
             continue
 
         new, stage = stack(stage, args.device), []
+        coef = args.entropy_coef if step < args.entropy_until else 0.0
+        if not model_based:  # before the normalisers make another policy of it
+            columns = Steps(*(field[:, None] for field in new))  # one environment
+            metrics |= policy_update(actor, value, fisher, update_value, columns, coef, args)
         pairs = zip(replay or Steps(*(field[:0] for field in new)), new, strict=True)
         replay = Steps(*(torch.cat(pair)[-args.buffer_size :] for pair in pairs))
         for network in (actor, value, dynamics):
             network.normalise.update(new.obs)
         dynamics.normalise_delta.update(new.next_obs - new.obs)
-        coef = args.entropy_coef if step < args.entropy_until else 0.0
-        if not model_based:
-            columns = Steps(*(field[:, None] for field in new))  # one environment
-            metrics |= policy_update(actor, value, fisher, update_value, columns, coef, args)
-        else:
+        if model_based:
             fresh = stretches(new, dynamics.members, 1_000, args.horizon)
             metrics["model/loss_new_data"] = model_loss(dynamics, fresh, args).detach()
             seeds = [hash((args.seed, step, i)) % 2**31 for i in range(1_000)]

@@ -207,11 +207,11 @@ class RunningNormaliser(nn.Module):
 
     def update(self, x: Tensor) -> None:
         """Merges [n, dim] in (the parallel variance of Chan et al.)."""
-        x, mean, var, n, m = x.double(), self.mean.double(), self.std.double() ** 2, self.count.double(), len(x)
-        delta, share = x.mean(0) - mean, m / (n + m)
+        x, mean, std, n = (numbers.cpu().double() for numbers in (x, self.mean, self.std, self.count))
+        delta, share = x.mean(0) - mean, len(x) / (n + len(x))
         self.mean.copy_(mean + share * delta)
-        self.std.copy_(((1 - share) * var + share * x.var(0, correction=0) + share * (1 - share) * delta**2).sqrt())
-        self.count += m
+        self.std.copy_(((1 - share) * std**2 + share * x.var(0, correction=0) + share * (1 - share) * delta**2).sqrt())
+        self.count += len(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std.clamp(min=1e-8)
@@ -583,12 +583,12 @@ def try_held_out(index: int, stages: int, networks: tuple, updates, replay, know
             seed = hash((args.seed, 1, index, stage)) % 2**31
             if stage:
                 new, _ = collect(actor, env, args.stage_steps, seed, args)
+                if not known:  # before the normalisers make another policy of it
+                    columns = Steps(*(field[:, None] for field in new))  # one environment
+                    policy_update(actor, value, *updates[2:], columns, args.entropy_coef, args)
                 replay = remember(networks, replay, new, args)
                 if known:
                     slbo_rounds(args.test_rounds, networks, updates, replay, known, starts, args)
-                else:
-                    new = Steps(*(field[:, None] for field in new))  # one environment
-                    policy_update(actor, value, *updates[2:], new, args.entropy_coef, args)
             returns.append(float(evaluate(actor, eval_env, args.eval_episodes, seed)["eval_return_mean"]))
     for network, old in zip(networks, saved, strict=True):
         torch._foreach_copy_(contents(network), old)
@@ -736,8 +736,8 @@ def train(args: Args) -> list[dict]:
                 set_task(both, training_task(number * batch_tasks + i))
                 parts.append(collect(actor, env, args.stage_steps // batch_tasks, hash((seed, i)), args)[0])
             columns = Steps(*(torch.stack(field, 1) for field in zip(*parts, strict=True)))
-            remember(networks, None, Steps(*(field.flatten(0, 1) for field in columns)), args)
             found = policy_update(actor, value, *updates[2:], columns, args.entropy_coef, args)
+            remember(networks, None, Steps(*(field.flatten(0, 1) for field in columns)), args)
             metrics = {name: float(number) for name, number in found.items()}
         if not all(math.isfinite(number) for number in metrics.values()):
             raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")

@@ -405,6 +405,7 @@ SMALL |= dict(model_updates=3, policy_updates=2, virtual_envs=4, virtual_steps=1
 def test_the_ledger(algo, model, virtual, monkeypatch, tmp_path):
     """Real steps are the training environment's; SLBO and MB-TRPO take the same numbers of updates."""
     envs, calls, order = [], dict.fromkeys(("dynamics_step", "virtual_rollout", "policy_update"), 0), []
+    normalised = set()  # steps that the policy's normaliser has seen when the policy is updated
     make_env = slbo.make_env
 
     class Counted(gym.Wrapper):
@@ -419,6 +420,7 @@ def test_the_ledger(algo, model, virtual, monkeypatch, tmp_path):
     def counted(name, function, *inputs):
         calls[name] += 1
         order.append(name[0])
+        normalised.update([int(inputs[0].normalise.count)] if name == "policy_update" else [])
         return function(*inputs)
 
     for name in calls:
@@ -428,6 +430,7 @@ def test_the_ledger(algo, model, virtual, monkeypatch, tmp_path):
     policy = virtual or 3  # mf-trpo: one on each stage's real steps
     assert calls == dict(dynamics_step=model, virtual_rollout=virtual, policy_update=policy)
     assert "".join(order) == {"slbo": "dddvpvp" * 2, "mb-trpo": "d" * 6 + "vp" * 4, "mf-trpo": "p"}[algo] * 3
+    assert normalised == ({60, 120, 180} if virtual else {0, 60, 120})  # mf-trpo's updates are of the policy that acted
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_a_checkpoint(tmp_path, monkeypatch):

@@ -190,12 +190,19 @@ def test_the_ledger_of_the_baselines(algo, steps, envs, tmp_path, monkeypatch):
         import envs.multitask as families
 
         told("GoalsTold-v0", families.told, kwargs=dict(robot=Goals))
+    update, normalised = multi.policy_update, []
+    monkeypatch.setattr(
+        multi,
+        "policy_update",
+        lambda actor, *rest: normalised.append(int(actor.normalise.count)) or update(actor, *rest),
+    )
     rows = multi.train(replace(TINY, **SMALL, algo=algo, run_dir=str(tmp_path / "run")))
     assert rows[-1]["env_steps"] == sum(steps) == len(envs[0].taken)
     about = json.loads((tmp_path / "run" / "args.json").read_text())
     assert envs[0].taken[-120:] == [tuple(about["held_out_tasks"][1])] * 120
     if algo == "goal-conditioned":
         assert envs[0].taken[:180] == [tuple(task) for task in about["train_tasks"] for _ in range(20)]
+        assert normalised == [0, 60, 120, 180, 240, 180, 240]  # before the update's own steps: of the policy that acted
 
 
 def test_a_held_out_task_changes_nothing(tmp_path, monkeypatch):
