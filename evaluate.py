@@ -27,6 +27,7 @@ class Args:
     record: Path | None = None  # write the episodes to this .npz file
     full_length: bool = False  # record only episodes that reach the time limit
     min_return: float = -np.inf  # record only episodes of at least this return
+    p_tremble: float = 0.0  # probability that a step takes a random action instead (needs envs/wrappers.py)
     sample: bool = False  # sampled instead of deterministic actions (offline data rather than demonstrations)
 
 
@@ -45,6 +46,8 @@ def main(args: Args) -> None:
     policy = torch.load(args.policy / "policy.pt" if args.policy.is_dir() else args.policy, weights_only=True)
     script = importlib.import_module(policy["script"])
     env = script.make_env(policy["env_id"], "rgb_array" if args.video else None)
+    if args.p_tremble:
+        env = importlib.import_module("envs.wrappers").TremblingHand(env, args.p_tremble)
     if args.video:
         folder = args.policy if args.policy.is_dir() else Path()
         env = gym.wrappers.RecordVideo(env, str(folder / "videos"), lambda episode: True)

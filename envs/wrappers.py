@@ -1,4 +1,4 @@
-"""Wrappers that change the environment of hype.py, hyper.py and hyper_paper.py."""
+"""Wrappers that change the environment of hype.py, hyper.py, hyper_paper.py and evaluate.py."""
 
 import gymnasium as gym
 import numpy as np

@@ -13,6 +13,7 @@ import torch
 import evaluate
 import hyper
 import sac
+from envs.wrappers import TremblingHand
 from tests.conftest import POINT, ROOT
 
 EXPERTS = sorted((ROOT / "demos" / "experts").glob("*.pt"))
@@ -55,6 +56,17 @@ def test_it_measures_as_training_does_and_what_it_records_loads_as_demonstration
     action = actor.act(raw["observations"][7], deterministic=True)
     np.testing.assert_allclose(data.actions[7], action, atol=1e-5)
     np.testing.assert_allclose(raw["actions"][7], 2 * action, atol=1e-5)  # in the environment's units
+
+
+def test_the_hand_trembles(tmp_path, capsys):
+    folder, told = save_policy(tmp_path, POINT, 4, 2), []
+    for p_tremble in (0.0, 0.3):
+        evaluate.main(evaluate.Args(folder, episodes=3, seed=17, p_tremble=p_tremble))
+        env = TremblingHand(sac.make_env(POINT), p_tremble)
+        mean = sac.evaluate(load_actor(folder / "policy.pt"), env, 3, seed=17)["eval_return_mean"]
+        told.append(f"return {mean:.1f} ")
+        assert told[-1] in capsys.readouterr().out
+    assert told[0] != told[1]
 
 
 def test_episodes_of_low_return_can_be_left_out(tmp_path):
