@@ -305,7 +305,7 @@ def trpo_update(actor: Actor, fisher, obs: Tensor, actions: Tensor, advantages: 
     with torch.no_grad():
         direction = conjugate_gradient(lambda v: fisher(actor, obs, v, args), gradient, args.cg_iterations)
         curvature = (direction @ fisher(actor, obs, direction, args)).clamp(min=1e-12)
-        step = direction * (2 * args.max_kl / curvature).sqrt()  # of KL max_kl, to second order
+        step = direction * (2 * args.max_kl / curvature).sqrt()  # of KL max_kl or, since F is damped, less
         for share in [*(0.5**k for k in range(10)), 0.0]:  # at last the old policy
             for param, new in zip(params.values(), shaped(old_params + share * step, params).values(), strict=True):
                 param.copy_(new)

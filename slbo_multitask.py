@@ -327,7 +327,7 @@ def begin_anew(actor: Actor, value: Value, args: Args) -> None:
 def model_loss(dynamics: DeltaMLP, steps: Steps, args: Args) -> Tensor:
     """H-step loss (eq. 6.1) on stretches [members, batch, H, ...]: mean length of the errors along predicted paths.
 
-    A norm, as in D, not its square; in standard deviations of changes. A path goes on at the reset after an end.
+    A norm (over sqrt(obs_dim)), as in D, not its square; in deviations of changes. A path goes on at the reset after an end.
     """
     scale, loss = dynamics.normalise_delta.std.clamp(min=1e-6), 0.0
     ends = torch.maximum(steps.terminations, steps.truncations).bool()[..., None]
@@ -470,7 +470,7 @@ def trpo_update(actor: Actor, fisher, obs: Tensor, actions: Tensor, advantages: 
     with torch.no_grad():
         direction = conjugate_gradient(lambda v: fisher(actor, obs, v, args), gradient, args.cg_iterations)
         curvature = (direction @ fisher(actor, obs, direction, args)).clamp(min=1e-12)
-        step = direction * (2 * args.max_kl / curvature).sqrt()  # of KL max_kl, to second order
+        step = direction * (2 * args.max_kl / curvature).sqrt()  # of KL max_kl or, since F is damped, less
         for share in [*(0.5**k for k in range(10)), 0.0]:  # at last the old policy
             for param, new in zip(params.values(), shaped(old_params + share * step, params).values(), strict=True):
                 param.copy_(new)
