@@ -299,7 +299,7 @@ class DeltaMLP(nn.Module):
 def model_loss(dynamics: DeltaMLP, steps: Steps, args: Args) -> Tensor:
     """H-step loss (eq. 6.1) on stretches [members, batch, H, ...]: mean length of the errors along predicted paths.
 
-    A norm (over sqrt(obs_dim)), as in D, not its square; in deviations of changes. A path goes on at the reset after an end.
+    A norm as in D, over sqrt(obs_dim), not its square; in deviations of changes. It goes on at the reset after an end.
     """
     scale, loss = dynamics.normalise_delta.std.clamp(min=1e-6), 0.0
     ends = torch.maximum(steps.terminations, steps.truncations).bool()[..., None]
