@@ -191,15 +191,15 @@ def held_out_table(script: str) -> str:
     """Each seed's mean return on held-out tasks, without and with real steps of theirs, by number of training tasks."""
     files = [(*key, path) for key, paths in results(script).items() for path in paths]
     tables = [pd.read_csv(path).assign(family=env.replace("Told", ""), variant=variant) for env, variant, path in files]
-    if not tables:
-        return "No run yet."
     tests = pd.concat(tables).dropna(subset="test/after_0")
-    spent = sorted(int(name[11:]) for name in tests if re.fullmatch(r"test/after_\d+", name))
-    rows = []
-    for key, part in tests.groupby(["family", "variant", "train_tasks"]):
-        rows.append([*key, *(each(part[f"test/after_{n}"].dropna(), "{:.0f}") or "-" for n in spent)])
-    head = ["family", "variant", "training tasks", *(f"after {n:,} real steps" if n else "zero-shot" for n in spent)]
-    return markdown(head, rows)
+    spent = sorted(int(name[11:]) for name in tests if re.fullmatch(r"test/after_\d+", name))[1:]
+    counts, rows = sorted(tests.train_tasks.unique()), []
+    for key, part in tests.groupby(["family", "variant"]):
+        zero_shot = part.groupby("train_tasks")["test/after_0"].apply(list)
+        numbers = [zero_shot.get(n, []) for n in counts] + [part[f"test/after_{n}"].dropna() for n in spent]
+        rows.append([*key, *(each(column, "{:.0f}") or "-" for column in numbers)])
+    head = [*(f"zero-shot, {n} tasks" for n in counts), *(f"then {n:,} real steps" for n in spent)]
+    return markdown(["family", "variant", *head], rows)
 
 
 # -------------------------------------------------------------------------------------------------- pictures

@@ -53,9 +53,8 @@ def test_held_out_tasks_by_the_number_of_training_tasks(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join([names, *lines]))
     assert cells(plot.held_out_table("slbo_multitask")) == [
-        ["HCF-v0", "goal", "2", "-99", "-"],
-        ["HCF-v0", "multitask", "1", "-50, -40", "-"],
-        ["HCF-v0", "multitask", "2", "-30, -20", "-20, -11"],
+        ["HCF-v0", "goal", "-", "-99", "-"],
+        ["HCF-v0", "multitask", "-50, -40", "-30, -20", "-20, -11"],
     ]
 
 
