@@ -21,13 +21,17 @@ ROOT = Path(__file__).parents[1]
 # Methods side by side in a page's comparison and picture, and their names where those are not the variant's.
 COMPARED = {
     "hype": "hyper/default hype/hype hype/hype-filter hype/filter hype/bc-reg hype/gail hype/mm hype/bc",
+    "one": "hyper/one hype/one hype/one-gail bc/one",
+    "fifty": "hyper/fifty hype/fifty hype/fifty-gail bc/fifty",
     "sac_eo": "sac_eo/default sac_eo/sac bco_baseline/forward hyper/default hype/hype hype/bc",
 }
 NAMES = {"hyper/default": "HyPER", "hype/hype": "HyPE", "hype/hype-filter": "HyPE + FILTER", "hype/bc-reg": "BC-Reg"}
+NAMES |= {"hyper/": "HyPER", "hype/": "HyPE", "bc/": "BC"}  # of a protocol
 NAMES |= {"sac_eo/default": "SAC-EO", "bco_baseline/forward": "BCO"}
+PROTOCOLS = "one", "fifty"  # one demonstrated trajectory; every twentieth row of one
 # Variants with a line in the picture; the others stand in the table alone. Scripts that are not named draw all.
 DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="", maml="")
-DRAWN |= dict(vins="rl-from-vins rl-from-random", slbo="default mb-trpo mf-trpo mse sac")
+DRAWN |= dict(vins="rl-from-vins rl-from-random", slbo="default mb-trpo mf-trpo mse sac", bc="", hyper="default edition-2")
 LEVELS = {"sac_eo": (0.5, 0.8, 0.9), "bco_baseline": (0.5, 0.8, 0.9), "mbarl": (0.5, 0.9, 1.0)}
 MEASURES = dict(mbarl="success_rate", vins="success_rate")
 MEASURES |= dict.fromkeys(("sra_offline", "offline_baselines"), "normalized_score")
@@ -77,13 +81,14 @@ def stretches(paths: list[Path]) -> list[list[Path]]:
 
 def methods(page: str) -> dict[str, dict[str, list[Path]]]:
     """For each environment of a page's script: name -> files, of the methods of COMPARED or of the variants drawn."""
-    own, found = results(page), {}
+    own, found = results("hype" if page in PROTOCOLS else page), {}
     drawn = [variant for _, variant in own if variant in DRAWN.get(page, variant).split()]
     for method in COMPARED[page].split() if page in COMPARED else [f"{page}/{variant}" for variant in sorted(drawn)]:
         script, variant = method.split("/")
         for (env_id, of), paths in results(script).items():
             if of == variant and any(env_id == own_id for own_id, _ in own):
-                name = NAMES.get(method, variant.upper()) if page in COMPARED else variant
+                plain = method.replace(f"/{page}", "/").replace("/-", "/")
+                name = NAMES.get(plain, plain.split("/")[1].upper()) if page in COMPARED else variant
                 found.setdefault(env_id, {})[name] = paths
     return {env_id: there for env_id, there in sorted(found.items()) if len(there) > 1 or page not in COMPARED}
 
@@ -151,10 +156,10 @@ def score_table(script: str) -> str:
 
 def comparison_table(page: str) -> str:
     """Methods after the fewest steps that one of the page's own script took; those that took fewer tell theirs."""
-    columns = {}
+    columns, script = {}, "hype" if page in PROTOCOLS else page
     for env_id, there in methods(page).items():
         runs = {name: curve(paths) for name, paths in there.items()}
-        ends = [run.steps[-1] for name, run in runs.items() if there[name][0].parts[-4] == page and not run.offline]
+        ends = [run.steps[-1] for name, run in runs.items() if there[name][0].parts[-4] == script and not run.offline]
         if len(ends) < 2:
             continue
         cells = columns[f"{env_id}, {min(ends):,} steps"] = {}
@@ -162,9 +167,10 @@ def comparison_table(page: str) -> str:
             until = run.steps <= (np.inf if run.offline else min(ends))
             run = run._replace(steps=run.steps[until], values=run.values[:, until])
             fewer = f" after {run.steps[-1]:,}" if run.steps[-1] < min(ends) else ""
-            cells[name] = f"{last(run).mean():.0%}" + f"{fewer} ({first_at(0.9, run)})" * (not run.offline)
+            detail = f", all {run.values.mean():.0%}{fewer} ({first_at(0.9, run)})"
+            cells[name] = f"{last(run).mean():.0%}" + detail * (not run.offline)
     names = dict.fromkeys(name for cells in columns.values() for name in cells)
-    head = "mean of the last ten evaluations, of the expert's (first at 90%, each seed)"
+    head = "mean of the last ten evaluations, of all, of the expert's return (first at 90%, each seed)"
     return markdown([head, *columns], [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names])
 
 

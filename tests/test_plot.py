@@ -78,13 +78,17 @@ def test_pairs_of_an_offline_study(curves):
     assert start == ["narrow starts", "demo starts", "all", "-6.5", "-10.0", "-3.0", "0 of 2"]
 
 
-def test_methods_side_by_side_after_the_fewest_steps(curves):
+@pytest.mark.parametrize(
+    "page,names",
+    [("hype", "hyper/default hype/hype hype/gail hype/bc"), ("one", "hyper/one hype/one hype/one-gail bc/one")],
+)
+def test_methods_side_by_side_after_the_fewest_steps(curves, page, names):
     for env_id in ("Hopper-v4", "Ant-v4"):
-        for method, values in {"hyper/default": [95], "hype/hype": [50, 95, 99], "hype/gail": [0, 20]}.items():
-            curves(f"{method}/{env_id}/seed1", values)
-        curves(f"hype/bc/{env_id}/seed1", [70, 80], offline=True)
-    table = plot.comparison_table("hype")
-    expected = {"HyPER": "95% after 10 (10)", "HyPE": "72% (20)", "GAIL": "10% (never)", "BC": "80%"}
+        for method, values in zip(names.split(), ([95], [50, 95, 99], [0, 20], [70, 80]), strict=True):
+            curves(f"{method}/{env_id}/seed1", values, offline="bc" in method)
+    table = plot.comparison_table(page)
+    expected = {"HyPER": "95%, all 95% after 10 (10)", "HyPE": "72%, all 72% (20)", "GAIL": "10%, all 10% (never)"}
+    expected["BC"] = "80%"
     assert "Hopper-v4, 20 steps" in table and {row[0]: row[2] for row in cells(table)} == expected
 
 
