@@ -39,7 +39,7 @@ class Args:
     env_id: str = "Ant-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     algo: Literal["hype", "mm", "filter", "hype-filter", "gail"] = "hype"  # see ALGOS below
     seed: int = 1
-    total_timesteps: int = 75_000
+    total_timesteps: int = 100_000
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
@@ -66,28 +66,26 @@ class Args:
 
     # SAC
     hidden_sizes: tuple[int, ...] = (128, 128)
+    critic_hidden_sizes: tuple[int, ...] = (256, 256)
     learning_starts: int = 1_000  # steps of uniformly random actions before learning starts
     updates_per_step: int = 1
     batch_size: int = 256
     expert_ratio: float = 0.5  # share of expert transitions in a batch
+    bc_coef: float = 1_000.0  # weight of behaviour cloning of the batch's expert transitions in the actor's loss
     gamma: float = 0.99
-    tau: float = 0.005
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    alpha_lr: float = 3e-4
-    alpha: float = 0.2
+    actor_lr: float = 3e-4  # of the temperature too
+    critic_lr: float = 1e-3
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
 
 
-# Settings that differ from the defaults above, by method and by robot; a flag on the command line beats them.
+# What the methods change in the defaults above; a flag on the command line beats it.
 ALGOS = {
     "hype": {},
-    "mm": dict(expert_ratio=0.0),  # moment matching: the same game, without expert transitions in the batch
-    "filter": dict(expert_ratio=0.0, reset_prob=0.5),  # moment matching with resets to expert states (arXiv 2303.14623)
+    "mm": dict(expert_ratio=0.0, bc_coef=0.0),  # moment matching: the same game, without expert rows in the batch
+    "filter": dict(expert_ratio=0.0, bc_coef=0.0, reset_prob=0.5),  # mm with resets to expert states (arXiv 2303.14623)
     "hype-filter": dict(reset_prob=0.5),
-    "gail": dict(expert_ratio=0.0, cost_loss="logistic", gp_target=1.0),  # off-policy GAIL (arXiv 1809.02925)
+    "gail": dict(expert_ratio=0.0, bc_coef=0.0, cost_loss="logistic", gp_target=1.0),  # off-policy (arXiv 1809.02925)
 }
-TUNED = {"Hopper": dict(total_timesteps=45_000), "Walker2d": dict(total_timesteps=150_000)}
 
 
 # ---------------------------------------------------------------------------- environment, demonstrations, replay
@@ -254,22 +252,32 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin Q functions: [2, batch]."""
+    """Twin Q functions whose batch normalisation makes target networks needless (CrossQ, arXiv 1902.05605)."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        self.normalise = Normaliser(obs_dim)
-        self.net = EnsembleMLP(2, [obs_dim + act_dim, *hidden_sizes, 1], layer_norm=True)
+        sizes = [obs_dim + act_dim, *hidden_sizes]
+        self.net = EnsembleMLP(2, [*sizes, 1])
+        self.norms = nn.ModuleList(nn.BatchNorm1d(2 * size, momentum=0.01) for size in sizes)
 
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat([self.normalise(obs), actions], -1).expand(2, -1, -1)).squeeze(-1)
+    def forward(self, obs: Tensor, actions: Tensor, train: bool = False) -> Tensor:
+        """[2, batch]. Normalises by this batch's statistics if `train`, otherwise by running averages of them."""
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        for i, norm in enumerate(self.norms):
+            if i > 0:
+                x = F.relu(torch.baddbmm(self.net.biases[i - 1], x, self.net.weights[i - 1]))
+            x = x.transpose(0, 1).flatten(1)  # both networks side by side: [batch, 2 * size]
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, train, norm.momentum)
+            x = x.unflatten(1, (2, -1)).transpose(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # the output stays float32
+            return (x.float() * self.net.weights[-1].mT).sum(-1) + self.net.biases[-1].squeeze(-1)
 
 
 class Adam:
     """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
 
-    def __init__(self, params, lr: float):
-        self.params, self.lr = list(params), lr
+    def __init__(self, params, lr: float, beta1: float = 0.9):
+        self.params, self.lr, self.beta1 = list(params), lr, beta1
         self.mean, self.square = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.t = torch.zeros((), device=self.params[0].device)
         self.scale = torch.zeros_like(self.t)
@@ -277,9 +285,9 @@ class Adam:
     @torch.no_grad()
     def step(self, grads) -> None:
         self.t += 1
-        torch._foreach_lerp_(self.mean, grads, 0.1)
+        torch._foreach_lerp_(self.mean, grads, 1 - self.beta1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - self.beta1**self.t))  # kept, or computed often
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -289,14 +297,13 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
         self.ema_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = Critic(obs_dim, act_dim, args.hidden_sizes)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
+        self.critic = Critic(obs_dim, act_dim, args.critic_hidden_sizes)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(0.2)))
         self.target_entropy = -act_dim
         self.to(args.device)
-        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr)
-        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr)
-        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
+        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr, beta1=0.5)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, beta1=0.5)
+        self.alpha_optimizer = Adam([self.log_alpha], args.actor_lr)
 
 
 class Cost(nn.Module):
@@ -306,9 +313,6 @@ class Cost(nn.Module):
         super().__init__()
         self.normalise, self.bf16 = Normaliser(obs_dim + act_dim), args.bf16
         self.net = EnsembleMLP(1, [obs_dim + act_dim, *args.cost_hidden_sizes, 1])
-        for weight, bias in zip(self.net.weights, self.net.biases, strict=True):
-            nn.init.orthogonal_(weight[0])
-            nn.init.uniform_(bias, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
         self.to(args.device)
         self.optimizer = Adam(self.net.parameters(), args.cost_lr)
 
@@ -330,18 +334,22 @@ def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
-            next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_log_prob
-            target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-        q = agent.critic(batch.obs, batch.actions)
+        both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.actions, next_actions])
+        q, next_q = agent.critic(*both, train=True).chunk(2, 1)  # together: the statistics cover both
+        next_value = next_q.detach().amin(0) - agent.log_alpha.detach().exp() * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value
     return (q - target).square().mean(1).sum(), q.detach().mean()
 
 
-def actor_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """alpha log pi(a|s) - Q(s, a), and the policy's entropy."""
+def actor_loss(agent: Agent, batch: Batch, expert: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """alpha log pi(a|s) - Q(s, a), plus behaviour cloning of the expert's actions, and the policy's entropy."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         actions, log_prob = agent.actor.sample(batch.obs, noise)
         q = agent.critic(batch.obs, actions).amin(0)
-    return (agent.log_alpha.exp().detach() * log_prob - q).mean(), -log_prob.detach().mean()
+        loss = (agent.log_alpha.exp().detach() * log_prob - q).mean()
+        if args.bc_coef:
+            loss = loss + args.bc_coef * F.mse_loss(agent.actor(expert.obs)[0].tanh(), expert.actions)
+    return loss, -log_prob.detach().mean()
 
 
 def cost_loss(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -358,22 +366,15 @@ def cost_loss(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Args
     return loss + args.gp_coef * penalty, f_learner.detach().mean()
 
 
-@torch.no_grad()
-def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau source"""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-def sac_update(agent: Agent, cost: Cost, batch: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """One gradient step of critics, actor and temperature, and of the target critics. Returns metrics.
+def sac_update(agent: Agent, cost: Cost, batch: Batch, expert: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
+    """One gradient step of critics, actor and temperature. Returns metrics.
     noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions."""
     batch = batch._replace(rewards=cost.reward(batch.obs, batch.actions))  # of the current cost
     q_loss, q = critic_loss(agent, batch, noise[0], args)
     agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
-    pi_loss, entropy = actor_loss(agent, batch, noise[1], args)
+    pi_loss, entropy = actor_loss(agent, batch, expert, noise[1], args)
     agent.actor_optimizer.step(torch.autograd.grad(pi_loss, agent.actor_optimizer.params))
     agent.alpha_optimizer.step([entropy - agent.target_entropy])  # the gradient of alpha's loss
-    polyak(agent.target_critic, agent.critic, args.tau)
     metrics = dict(critic=q_loss, actor=pi_loss, q=q, entropy=entropy, alpha=agent.log_alpha.exp())
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
@@ -487,12 +488,11 @@ def train(args: Args) -> list[dict]:
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     cost = state.get("cost") or Cost(obs_dim, act_dim, args)
     buffer = state.get("buffer") or ReplayBuffer(1_000_000, obs_dim, act_dim, args.device)
-    own_buffer = state.get("own_buffer") or ReplayBuffer(1_000_000, obs_dim, act_dim, args.device)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
     update, update_cost = compiled(sac_update, args), compiled(cost_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, info = env.reset(seed=hash((args.seed, start_step)) % 2**31)
+    obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
     if not np.array_equal(obs, state.get("obs", obs)):
         print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
@@ -514,28 +514,29 @@ def train(args: Args) -> list[dict]:
         action = agent.actor.act(obs) if step >= args.learning_starts else torch.rand(act_dim).mul(2).sub(1).numpy()
         next_obs, _, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, 0.0, next_obs, terminated)  # a time limit is no termination
-        if not info.get("demo_start"):  # the cost compares whole episodes, from the environment's own start on
-            own_buffer.add(obs, action, 0.0, next_obs, terminated)
-        obs, learner, own = next_obs, buffer.all(), own_buffer.all()
+        obs, learner = next_obs, buffer.all()
         learning_step = step + 1 - max(args.learning_starts, 1)
 
         if learning_step == 0:
             cost.normalise.fit(*(torch.cat([data.obs, data.actions], -1) for data in (expert, learner)))
-            for network in (agent.actor, agent.ema_actor, agent.critic, agent.target_critic):
+            for network in (agent.actor, agent.ema_actor):
                 network.normalise.fit(expert.obs, learner.obs)
 
         # Policy: SAC on learner and expert transitions, with the current cost's rewards
         if learning_step >= 0:
             n_expert = round(args.expert_ratio * args.batch_size)
             for _ in range(args.updates_per_step):
-                batch = concat(sample(learner, args.batch_size - n_expert), sample(expert, n_expert))
+                expert_batch = sample(expert, n_expert)
+                batch = concat(sample(learner, args.batch_size - n_expert), expert_batch)
                 noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
-                metrics |= update(agent, cost, batch, noise, args)
-            polyak(agent.ema_actor, agent.actor, 1 / min(args.ema_steps, 1 + learning_step / 4))
+                metrics |= update(agent, cost, batch, expert_batch, noise, args)
+            with torch.no_grad():
+                weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
+                torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
         # Cost: one step that raises it on the learner's transitions and lowers it on the expert's
-        if learning_step >= 0 and len(own.obs):
-            expert_batch, learner_batch = (sample(data, args.cost_batch_size) for data in (expert, own))
+        if learning_step >= 0:
+            expert_batch, learner_batch = (sample(data, args.cost_batch_size) for data in (expert, learner))
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)
             metrics["losses/cost"] = update_cost(cost, expert_batch, learner_batch, mix, args)
             if step % 100 == 0:
@@ -543,18 +544,17 @@ def train(args: Args) -> list[dict]:
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
 
         if terminated or truncated:
-            obs, info = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
+            obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
             if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
                 raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - state.get("step", 0) >= args.checkpoint_every:  # between episodes: resuming is exact
-                state = dict(agent=agent, cost=cost, buffer=buffer, own_buffer=own_buffer, rows=rows, step=step + 1)
-                save_checkpoint(run_dir, state | dict(obs=obs, metrics=metrics, wall_time=time.time() - start_time))
+                state = dict(agent=agent, cost=cost, buffer=buffer, rows=rows, metrics=metrics, obs=obs, step=step + 1)
+                save_checkpoint(run_dir, state | dict(wall_time=time.time() - start_time))
 
     writer.close()
     return rows
 
 
 if __name__ == "__main__":
-    args, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)  # --help below shows the tuned settings
-    tuned = TUNED.get(args.env_id.split("-v")[0], {}) | ALGOS[args.algo]
-    train(tyro.cli(Args, default=replace(Args(env_id=args.env_id, algo=args.algo), **tuned), description=__doc__))
+    args, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)  # --help below shows the method's settings
+    train(tyro.cli(Args, default=replace(Args(algo=args.algo), **ALGOS[args.algo]), description=__doc__))

@@ -377,9 +377,6 @@ class Cost(nn.Module):
         super().__init__()
         self.normalise, self.bf16 = Normaliser(obs_dim + act_dim), args.bf16
         self.net = EnsembleMLP(1, [obs_dim + act_dim, *args.cost_hidden_sizes, 1])
-        for weight, bias in zip(self.net.weights, self.net.biases, strict=True):
-            nn.init.orthogonal_(weight[0])
-            nn.init.uniform_(bias, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
         self.to(args.device)
         self.optimizer = Adam(self.net.parameters(), args.cost_lr)
 

@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import hype
 import hyper
@@ -15,7 +17,14 @@ from evaluate import simulator_state
 from tests.conftest import ROOT
 
 HOPPER = str(ROOT / "demos" / "Hopper-v4.npz")
-SMALL = dict(hidden_sizes=(8, 8), cost_hidden_sizes=(8, 8), batch_size=16, cost_batch_size=8, num_demos=4)
+SMALL = dict(
+    hidden_sizes=(8, 8),
+    critic_hidden_sizes=(8, 8),
+    cost_hidden_sizes=(8, 8),
+    batch_size=16,
+    cost_batch_size=8,
+    num_demos=4,
+)
 TINY = hype.Args(device="cpu", **SMALL, env_id="Hopper-v4", demos=HOPPER, learning_starts=60, eval_episodes=1)
 OBS, ACT = 11, 3
 
@@ -89,7 +98,7 @@ def test_the_methods_differ_in_what_their_names_say():
     for algo in hype.ALGOS:
         args = settings(algo)
         assert (args.expert_ratio > 0) == ("hype" in algo) and (args.reset_prob > 0) == ("filter" in algo)
-        assert (args.cost_loss == "logistic") == (algo == "gail")
+        assert (args.cost_loss == "logistic") == (algo == "gail") and (args.bc_coef > 0) == ("hype" in algo)
 
 
 @pytest.mark.parametrize("algo,own,of_expert", [("hype", 8, 8), ("mm", 16, 0)])
@@ -166,8 +175,8 @@ def test_resets_have_their_probability_and_their_seed_decides():
     assert 80 < len(times) < 160 and 400 < np.mean(times) < 600 and len(seen) > 380  # 120 +- 9, 498 +- 26
 
 
-def test_the_cost_sees_no_episode_that_started_at_an_expert_state(tmp_path, monkeypatch):
-    """The policy sees them all, and every step is counted."""
+def test_policy_and_cost_see_all_episodes_and_every_step_counts(tmp_path, monkeypatch):
+    """Those that started at an expert's state, too."""
     kinds, taken = [], {True: set(), False: set()}
     reset, add = DemoStarts.reset, hype.ReplayBuffer.add
 
@@ -180,18 +189,53 @@ def test_the_cost_sees_no_episode_that_started_at_an_expert_state(tmp_path, monk
         taken[kinds[-1]].update(keys([obs], [action]))
         add(self, obs, action, *rest)
 
-    def watched(function, place: int, seen: set):
-        def call(*inputs):
-            seen.update(keys(inputs[place].obs, inputs[place].actions))
-            return function(*inputs)
+    def watched(function, seen: set):
+        def call(agent, *inputs):
+            seen.update(keys(inputs[1].obs, inputs[1].actions))
+            return function(agent, *inputs)
 
         return call
 
     judged, trained_on = set(), set()
     monkeypatch.setattr(DemoStarts, "reset", watch_reset)
     monkeypatch.setattr(hype.ReplayBuffer, "add", watch_add)
-    monkeypatch.setattr(hype, "cost_update", watched(hype.cost_update, 2, judged))
-    monkeypatch.setattr(hype, "sac_update", watched(hype.sac_update, 2, trained_on))
+    monkeypatch.setattr(hype, "cost_update", watched(hype.cost_update, judged))
+    monkeypatch.setattr(hype, "sac_update", watched(hype.sac_update, trained_on))
     rows = hype.train(settings("filter", total_timesteps=300, run_dir=str(tmp_path)))
-    assert judged and judged <= taken[False] and trained_on & taken[False] and trained_on & taken[True]
+    assert all(seen & taken[kind] for seen in (judged, trained_on) for kind in (True, False))
     assert rows[-1]["env_steps"] == 300 == len(taken[False]) + len(taken[True])
+
+
+def test_the_critics_are_two_networks_with_batch_normalisation():
+    """Against torch's own modules: values, gradients, and the running statistics that values without `train` use."""
+    torch.manual_seed(0)
+    ours = hype.Critic(OBS, ACT, (8, 6))
+    for norm in ours.norms:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    theirs, sizes = [], (OBS + ACT, 8, 6, 1)
+    for k in range(2):
+        layers = []
+        for i, (before, after) in enumerate(pairwise(sizes)):
+            norm, linear, half = (
+                nn.BatchNorm1d(before, momentum=0.01),
+                nn.Linear(before, after),
+                slice(k * before, None),
+            )
+            norm.weight.data, norm.bias.data = (
+                x.data[half][:before] for x in (ours.norms[i].weight, ours.norms[i].bias)
+            )
+            linear.weight.data, linear.bias.data = ours.net.weights[i].data[k].T, ours.net.biases[i].data[k, 0]
+            layers += [norm, linear, nn.ReLU()]
+        theirs.append(nn.Sequential(*layers[:-1]))
+    for train in (True, True, False):
+        obs, actions = 2 * torch.randn(32, OBS) + 1, torch.rand(32, ACT)
+        expected = torch.stack([net.train(train)(torch.cat([obs, actions], 1))[:, 0] for net in theirs])
+        q = ours(obs, actions, train)
+        torch.testing.assert_close(q, expected)
+    slopes = torch.autograd.grad(q.square().sum(), ours.net.weights)
+    expected = [
+        torch.autograd.grad(expected.square().sum(), [net[3 * i + 1].weight for net in theirs], retain_graph=True)
+        for i in range(3)
+    ]
+    for slope, pair in zip(slopes, expected, strict=True):
+        torch.testing.assert_close(slope, torch.stack(pair).mT)
