@@ -76,6 +76,7 @@ class Args:
     actor_lr: float = 3e-4  # of the temperature too
     critic_lr: float = 1e-3
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
+    reset_every: int = 0  # cut training episodes at its multiples, for robots that lie on their back
 
 
 # What the methods change in the defaults above; a flag on the command line beats it.
@@ -299,7 +300,6 @@ class Agent(nn.Module):
         self.ema_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(obs_dim, act_dim, args.critic_hidden_sizes)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(0.2)))
-        self.target_entropy = -act_dim
         self.to(args.device)
         self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr, beta1=0.5)
         self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, beta1=0.5)
@@ -374,7 +374,7 @@ def sac_update(agent: Agent, cost: Cost, batch: Batch, expert: Batch, noise: Ten
     agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
     pi_loss, entropy = actor_loss(agent, batch, expert, noise[1], args)
     agent.actor_optimizer.step(torch.autograd.grad(pi_loss, agent.actor_optimizer.params))
-    agent.alpha_optimizer.step([entropy - agent.target_entropy])  # the gradient of alpha's loss
+    agent.alpha_optimizer.step([entropy + noise.shape[-1]])  # the gradient of alpha's loss: the target is -act_dim
     metrics = dict(critic=q_loss, actor=pi_loss, q=q, entropy=entropy, alpha=agent.log_alpha.exp())
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
@@ -543,7 +543,7 @@ def train(args: Args) -> list[dict]:
                 means = [cost.reward(data.obs[-1_000:], data.actions[-1_000:]).mean() for data in (expert, learner)]
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
 
-        if terminated or truncated:
+        if terminated or truncated or (args.reset_every and (step + 1) % args.reset_every == 0):
             obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
             if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
                 raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")

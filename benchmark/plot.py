@@ -88,7 +88,7 @@ def methods(page: str) -> dict[str, dict[str, list[Path]]]:
         script, variant = method.split("/")
         for (env_id, of), paths in results(script).items():
             if of == variant and any(env_id == own_id for own_id, _ in own):
-                plain = method.replace(f"/{page}", "/").replace("/-", "/")
+                plain = re.sub("/(one|fifty)-?", "/", method)
                 name = NAMES.get(plain, plain.split("/")[1].upper()) if page in COMPARED else variant
                 found.setdefault(env_id, {})[name] = paths
     return {env_id: there for env_id, there in sorted(found.items()) if len(there) > 1 or page not in COMPARED}
