@@ -76,7 +76,7 @@ class Args:
     actor_lr: float = 3e-4  # of the temperature too
     critic_lr: float = 1e-3
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
-    reset_every: int = 0  # cut training episodes at its multiples, for robots that lie on their back
+    reset_every: int = 250  # cut training episodes at its multiples, or robots learn lying on their back; 0: never
 
 
 # What the methods change in the defaults above; a flag on the command line beats it.

@@ -50,6 +50,7 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)
     critic_hidden_sizes: tuple[int, ...] = (512, 512)
     policy_delay: int = 3  # updates of the critics between those of actor and temperature
+    prior: str | None = None  # .npz of transitions that fill half of each batch (RLPD, arXiv 2302.02948)
     buffer_size: int = 1_000_000
     learning_starts: int = 5_000  # uniformly random actions before
     batch_size: int = 256
@@ -357,6 +358,13 @@ def train(args: Args) -> list[dict]:
     np.random.seed(args.seed % 2**32)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    prior = None
+    if args.prior:
+        with np.load(args.prior) as file:
+            columns = (
+                file[name] for name in ("observations", "actions", "rewards", "next_observations", "terminations")
+            )
+            prior = Batch(*(torch.as_tensor(column, dtype=torch.float32, device=args.device) for column in columns))
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     buffer = state.get("buffer") or ReplayBuffer(args.buffer_size, obs_dim, act_dim, args.device)
@@ -396,7 +404,10 @@ def train(args: Args) -> list[dict]:
 
         # Learn
         if step >= args.learning_starts:
-            batch = sample(buffer.all(), args.batch_size)
+            batch = sample(buffer.all(), args.batch_size // 2 if prior else args.batch_size)
+            if prior:
+                both = zip(batch, sample(prior, args.batch_size // 2), strict=True)
+                batch = Batch(*(torch.cat(fields) for fields in both))
             noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
             metrics |= update(agent, batch, noise, step % args.policy_delay == 0, args)
 

@@ -121,6 +121,22 @@ def test_what_a_batch_holds(algo, own, of_expert, tmp_path, monkeypatch):
     assert len(rewards) == 41 and np.std(rewards) > 0.01
 
 
+def test_training_episodes_are_cut_without_a_termination(tmp_path, monkeypatch):
+    starts, terminations, make, add = [], [], hype.make_env, hype.ReplayBuffer.add
+
+    def counted(env_id):
+        env = make(env_id)
+        reset = env.reset
+        env.reset = lambda **seed: [starts.append((env, len(terminations))), reset(**seed)][1]
+        return env
+
+    monkeypatch.setattr(hype, "make_env", counted)
+    monkeypatch.setattr(hype.ReplayBuffer, "add", lambda self, *row: [terminations.append(row[4]), add(self, *row)][1])
+    args = replace(TINY, env_id="HalfCheetah-v4", demos=HOPPER.replace("Hopper", "HalfCheetah"), reset_every=30)
+    hype.train(replace(args, total_timesteps=100, run_dir=str(tmp_path)))
+    assert [at for env, at in starts if env is starts[0][0]] == [0, 30, 60, 90] and not any(terminations)
+
+
 @pytest.mark.parametrize("script", [hype, hyper])
 def test_the_hand_trembles_in_training_and_in_evaluation(script, tmp_path, monkeypatch):
     seen, step = [], TremblingHand.action
