@@ -87,7 +87,8 @@ class Recorder(TorchDispatchMode):
         assert function is not torch.ops.aten._local_scalar_dense.default, "waits for the GPU"
         assert torch.Tag.nondeterministic_seeded not in function.tags, "draws random numbers"
         for argument, value in zip(function._schema.arguments, args, strict=False):
-            for x in tree_leaves(value) if argument.alias_info and argument.alias_info.is_write else ():
+            writes = (argument.alias_info and argument.alias_info.is_write) or argument.name.startswith("running_")
+            for x in tree_leaves(value) if writes else ():  # batch normalisation does not say that it writes
                 self.before.setdefault(id(x), (x, x.clone()))
         result = function(*args, **(kwargs or {}))
         self.operations.append((function, args, kwargs or {}, result))
