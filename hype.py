@@ -6,7 +6,7 @@ current cost; so SAC sees where to go before it gets there itself. --algo picks 
 
     python hype.py --env-id Hopper-v4 --run-dir runs/a     # the same command again continues an interrupted run
 
-Expected with ten demonstrations: Hopper-v4 at the expert's return after 35,000 real steps. More: docs/hype.md
+Expected from one trajectory: Walker2d-v4 at the expert's return after 55,000 real steps. More: docs/hype.md
 """
 
 import copy
@@ -347,7 +347,7 @@ def actor_loss(agent: Agent, batch: Batch, expert: Batch, noise: Tensor, args: A
         actions, log_prob = agent.actor.sample(batch.obs, noise)
         q = agent.critic(batch.obs, actions).amin(0)
         loss = (agent.log_alpha.exp().detach() * log_prob - q).mean()
-        if args.bc_coef:
+        if args.bc_coef and len(expert.obs):
             loss = loss + args.bc_coef * F.mse_loss(agent.actor(expert.obs)[0].tanh(), expert.actions)
     return loss, -log_prob.detach().mean()
 

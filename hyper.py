@@ -410,7 +410,7 @@ def actor_loss(agent: Agent, batch: Batch, expert: Batch, noise: Tensor, args: A
         actions, log_prob = agent.actor.sample(batch.obs, noise)
         q = agent.critic(batch.obs, actions).amin(0)
         loss = (agent.log_alpha.exp().detach() * log_prob - q).mean()
-        if args.bc_coef:
+        if args.bc_coef and len(expert.obs):
             loss = loss + args.bc_coef * F.mse_loss(agent.actor(expert.obs)[0].tanh(), expert.actions)
     return loss, -log_prob.detach().mean()
 

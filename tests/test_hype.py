@@ -101,6 +101,17 @@ def test_the_methods_differ_in_what_their_names_say():
         assert (args.cost_loss == "logistic") == (algo == "gail") and (args.bc_coef > 0) == ("hype" in algo)
 
 
+@pytest.mark.parametrize("script", [hype, hyper])
+def test_without_expert_rows_nothing_is_cloned(script):
+    torch.manual_seed(0)
+    args = script.Args(device="cpu", hidden_sizes=(8, 8), bc_coef=1_000.0)
+    agent, batch, noise = script.Agent(OBS, ACT, args), transitions(16), torch.randn(16, ACT)
+    loss, _ = script.actor_loss(agent, batch, transitions(0), noise, args)
+    plain, _ = script.actor_loss(agent, batch, transitions(8), noise, replace(args, bc_coef=0.0))
+    assert loss.isfinite() and loss == plain
+    assert script.actor_loss(agent, batch, transitions(8), noise, args)[0] > plain
+
+
 @pytest.mark.parametrize("algo,own,of_expert", [("hype", 8, 8), ("mm", 16, 0)])
 def test_what_a_batch_holds(algo, own, of_expert, tmp_path, monkeypatch):
     """Expert and learner transitions, all with rewards from the cost as it is now."""
@@ -232,14 +243,9 @@ def test_the_critics_are_two_networks_with_batch_normalisation():
     for k in range(2):
         layers = []
         for i, (before, after) in enumerate(pairwise(sizes)):
-            norm, linear, half = (
-                nn.BatchNorm1d(before, momentum=0.01),
-                nn.Linear(before, after),
-                slice(k * before, None),
-            )
-            norm.weight.data, norm.bias.data = (
-                x.data[half][:before] for x in (ours.norms[i].weight, ours.norms[i].bias)
-            )
+            norm, linear = nn.BatchNorm1d(before, momentum=0.01), nn.Linear(before, after)
+            half = slice(k * before, (k + 1) * before)
+            norm.weight.data, norm.bias.data = ours.norms[i].weight.data[half], ours.norms[i].bias.data[half]
             linear.weight.data, linear.bias.data = ours.net.weights[i].data[k].T, ours.net.biases[i].data[k, 0]
             layers += [norm, linear, nn.ReLU()]
         theirs.append(nn.Sequential(*layers[:-1]))
