@@ -76,7 +76,8 @@ class Args:
     actor_lr: float = 3e-4  # of the temperature too
     critic_lr: float = 1e-3
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
-    reset_every: int = 250  # cut training episodes at its multiples, or robots learn lying on their back; 0: never
+    deterministic_ratio: float = 0.5  # share of training episodes that are acted as in evaluations, without noise
+    reset_until: int = 10_000  # until then episodes are cut at every 250th step, or robots learn lying on their back
 
 
 # What the methods change in the defaults above; a flag on the command line beats it.
@@ -353,8 +354,7 @@ def actor_loss(agent: Agent, batch: Batch, expert: Batch, noise: Tensor, args: A
 
 
 def cost_loss(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Moment matching or logistic loss, with a gradient penalty at random points, mix [batch, 1] in [0, 1], between
-    expert and learner; and the learner's mean cost."""
+    """Moment matching or logistic loss with a gradient penalty at mix [batch, 1] between both; the learner's mean f."""
     expert_inputs, learner_inputs = (cost.normalise(torch.cat([b.obs, b.actions], -1)) for b in (expert, learner))
     f_expert, f_learner = cost(expert_inputs), cost(learner_inputs)
     loss = f_expert.mean() - f_learner.mean()
@@ -492,7 +492,7 @@ def train(args: Args) -> list[dict]:
     start_time = time.time() - state.get("wall_time", 0)
     update, update_cost = compiled(sac_update, args), compiled(cost_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
+    obs, _ = env.reset(seed=(env_seed := hash((args.seed, start_step)) % 2**31))
     if not np.array_equal(obs, state.get("obs", obs)):
         print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
@@ -510,8 +510,9 @@ def train(args: Args) -> list[dict]:
         if step == args.total_timesteps:
             break
 
-        # Act: at random at first, then as the policy does
-        action = agent.actor.act(obs) if step >= args.learning_starts else torch.rand(act_dim).mul(2).sub(1).numpy()
+        # Act: at random at first, then as the policy does; the episode's seed decides if with noise
+        mean = env_seed < args.deterministic_ratio * 2**31
+        action = agent.actor.act(obs, mean) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
         next_obs, _, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, 0.0, next_obs, terminated)  # a time limit is no termination
         obs, learner = next_obs, buffer.all()
@@ -534,8 +535,7 @@ def train(args: Args) -> list[dict]:
                 weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
                 torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
-        # Cost: one step that raises it on the learner's transitions and lowers it on the expert's
-        if learning_step >= 0:
+            # Cost: one step that raises it on the learner's transitions and lowers it on the expert's
             expert_batch, learner_batch = (sample(data, args.cost_batch_size) for data in (expert, learner))
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)
             metrics["losses/cost"] = update_cost(cost, expert_batch, learner_batch, mix, args)
@@ -543,8 +543,8 @@ def train(args: Args) -> list[dict]:
                 means = [cost.reward(data.obs[-1_000:], data.actions[-1_000:]).mean() for data in (expert, learner)]
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
 
-        if terminated or truncated or (args.reset_every and (step + 1) % args.reset_every == 0):
-            obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
+        if terminated or truncated or (step < args.reset_until and (step + 1) % 250 == 0):
+            obs, _ = env.reset(seed=(env_seed := hash((args.seed, step + 1)) % 2**31))
             if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
                 raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - state.get("step", 0) >= args.checkpoint_every:  # between episodes: resuming is exact

@@ -7,6 +7,7 @@ batch. The actor is updated every third time. What it made, and how: demos/READM
     python evaluate.py runs/humanoid/policy.pt --episodes 50        # each evaluation's is kept, as policy_<steps>.pt
 """
 
+import copy
 import csv
 import json
 import math
@@ -50,6 +51,8 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)
     critic_hidden_sizes: tuple[int, ...] = (512, 512)
     policy_delay: int = 3  # updates of the critics between those of actor and temperature
+    ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
+    reset_every: int = 0  # cut training episodes at its multiples, and act without noise between every second two
     prior: str | None = None  # .npz of transitions that fill half of each batch (RLPD, arXiv 2302.02948)
     buffer_size: int = 1_000_000
     learning_starts: int = 5_000  # uniformly random actions before
@@ -367,6 +370,7 @@ def train(args: Args) -> list[dict]:
             prior = Batch(*(torch.as_tensor(column, dtype=torch.float32, device=args.device) for column in columns))
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
+    ema_actor = state.get("ema_actor") or copy.deepcopy(agent.actor)
     buffer = state.get("buffer") or ReplayBuffer(args.buffer_size, obs_dim, act_dim, args.device)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time, last_checkpoint = time.time() - state.get("wall_time", 0), start_step
@@ -381,26 +385,28 @@ def train(args: Args) -> list[dict]:
     for step in bar:
         if step % args.eval_every == 0 or step == args.total_timesteps:
             row = dict(env_steps=step, wall_time_s=round(time.time() - start_time, 1))
-            row |= evaluate(agent.actor, eval_env, args.eval_episodes, seed=args.seed * 1_000_000 + step)
+            row |= evaluate(ema_actor, eval_env, args.eval_episodes, seed=args.seed * 1_000_000 + step)
             rows.append(row | {name: float(value) for name, value in metrics.items()})
             log_row(run_dir, rows, writer)
-            policy = dict(actor=policy_of(agent.actor), sizes=(obs_dim, act_dim, args.hidden_sizes))
-            for name in ("policy.pt", f"policy_{step}.pt"):  # CrossQ swings: the last one is rarely the best
+            policy = dict(actor=policy_of(ema_actor), sizes=(obs_dim, act_dim, args.hidden_sizes))
+            for name in ("policy.pt", f"policy_{step}.pt"):  # the last one is rarely the best
                 torch.save(policy | dict(script="sac", env_id=args.env_id), run_dir / name)
             bar.set_postfix_str(f"return {row['eval_return_mean']:.0f}")
         if step == args.total_timesteps:
             break
 
         # Act
-        action = agent.actor.act(obs) if step >= args.learning_starts else torch.rand(act_dim).mul(2).sub(1).numpy()
-        next_obs, reward, terminated, truncated, info = env.step(action)
+        deterministic = args.reset_every > 0 and step // args.reset_every % 2 == 1
+        action = agent.actor.act(obs, deterministic) if step >= args.learning_starts else torch.rand(act_dim).mul(2).sub(1).numpy()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
         obs = next_obs
 
         if step == args.learning_starts:
             seen = buffer.all().obs
-            agent.actor.mean.copy_(seen.mean(0))
-            agent.actor.std.copy_(seen.std(0).clamp(min=1e-2))
+            for actor in (agent.actor, ema_actor):
+                actor.mean.copy_(seen.mean(0))
+                actor.std.copy_(seen.std(0).clamp(min=1e-2))
 
         # Learn
         if step >= args.learning_starts:
@@ -410,15 +416,17 @@ def train(args: Args) -> list[dict]:
                 batch = Batch(*(torch.cat(fields) for fields in both))
             noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
             metrics |= update(agent, batch, noise, step % args.policy_delay == 0, args)
+            weight = 1 / min(args.ema_steps, 1 + (step - args.learning_starts) / 4)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(ema_actor.parameters()), list(agent.actor.parameters()), weight)
 
-        if terminated or truncated:
-            writer.add_scalar("charts/episodic_return", info["episode"]["r"], step)
+        if terminated or truncated or (args.reset_every and (step + 1) % args.reset_every == 0):
             obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
             if not all(map(math.isfinite, metrics.values())):
                 raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
-                state = dict(agent=agent, buffer=buffer, obs=obs, rows=rows, metrics=metrics, step=step + 1)
+                state = dict(agent=agent, ema_actor=ema_actor, buffer=buffer, obs=obs, rows=rows, metrics=metrics, step=step + 1)
                 save_checkpoint(run_dir, state | dict(wall_time=time.time() - start_time))
 
     writer.close()

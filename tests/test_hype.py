@@ -132,8 +132,10 @@ def test_what_a_batch_holds(algo, own, of_expert, tmp_path, monkeypatch):
     assert len(rewards) == 41 and np.std(rewards) > 0.01
 
 
-def test_training_episodes_are_cut_without_a_termination(tmp_path, monkeypatch):
-    starts, terminations, make, add = [], [], hype.make_env, hype.ReplayBuffer.add
+def test_early_episodes_are_cut_and_half_are_acted_without_noise(tmp_path, monkeypatch):
+    """A cut is no termination; the actor draws noise or acts as in evaluations for whole episodes."""
+    starts, terminations, acted = [], [], {}
+    make, add, act = hype.make_env, hype.ReplayBuffer.add, hype.Actor.act
 
     def counted(env_id):
         env = make(env_id)
@@ -141,11 +143,20 @@ def test_training_episodes_are_cut_without_a_termination(tmp_path, monkeypatch):
         env.reset = lambda **seed: [starts.append((env, len(terminations))), reset(**seed)][1]
         return env
 
+    def watch(self, obs, deterministic=False):
+        acted.setdefault(len(terminations), deterministic)  # an evaluation comes before the step's own action
+        return act(self, obs, deterministic)
+
     monkeypatch.setattr(hype, "make_env", counted)
     monkeypatch.setattr(hype.ReplayBuffer, "add", lambda self, *row: [terminations.append(row[4]), add(self, *row)][1])
-    args = replace(TINY, env_id="HalfCheetah-v4", demos=HOPPER.replace("Hopper", "HalfCheetah"), reset_every=30)
-    hype.train(replace(args, total_timesteps=100, run_dir=str(tmp_path)))
-    assert [at for env, at in starts if env is starts[0][0]] == [0, 30, 60, 90] and not any(terminations)
+    monkeypatch.setattr(hype.Actor, "act", watch)
+    monkeypatch.setattr(hype, "cost_update", lambda *_: torch.zeros(()))
+    args = replace(TINY, env_id="HalfCheetah-v4", demos=HOPPER.replace("Hopper", "HalfCheetah"), updates_per_step=0)
+    hype.train(replace(args, total_timesteps=2_100, eval_every=5_000, reset_until=1_000, run_dir=str(tmp_path)))
+    begins = [at for env, at in starts if env is starts[0][0]]
+    assert begins == [0, 250, 500, 750, 1_000, 2_000] and not any(terminations)
+    modes = [{acted[t] for t in range(a, b) if t in acted and t >= 100} for a, b in pairwise([*begins, 2_100])]
+    assert all(len(mode) == 1 for mode in modes) and {True} in modes and {False} in modes
 
 
 @pytest.mark.parametrize("script", [hype, hyper])
