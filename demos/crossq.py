@@ -53,6 +53,7 @@ class Args:
     policy_delay: int = 3  # updates of the critics between those of actor and temperature
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
     reset_every: int = 0  # cut training episodes at its multiples, and act without noise between every second two
+    init: str | None = None  # folder of a run at another task of the same robot, whose actor and critics go on here
     prior: str | None = None  # .npz of transitions that fill half of each batch (RLPD, arXiv 2302.02948)
     buffer_size: int = 1_000_000
     learning_starts: int = 5_000  # uniformly random actions before
@@ -370,6 +371,9 @@ def train(args: Args) -> list[dict]:
             prior = Batch(*(torch.as_tensor(column, dtype=torch.float32, device=args.device) for column in columns))
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
+    if args.init and not state:
+        agent = torch.load(f"{args.init}/checkpoint.pt", weights_only=False)["agent"]
+        agent.log_alpha.data.fill_(math.log(args.alpha))
     ema_actor = state.get("ema_actor") or copy.deepcopy(agent.actor)
     buffer = state.get("buffer") or ReplayBuffer(args.buffer_size, obs_dim, act_dim, args.device)
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
@@ -402,7 +406,7 @@ def train(args: Args) -> list[dict]:
         buffer.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
         obs = next_obs
 
-        if step == args.learning_starts:
+        if step == args.learning_starts and not args.init:
             seen = buffer.all().obs
             for actor in (agent.actor, ema_actor):
                 actor.mean.copy_(seen.mean(0))

@@ -1,12 +1,14 @@
-"""Episodes in which DeepMind Control's hopper gets up from where its bundled expert stays lying, for crossq.py --prior.
+"""Episodes in which DeepMind Control's hopper gets up from where an actor stays lying, for crossq.py --prior.
 
-The expert acts. Where it lies, a planner (cross-entropy method) takes over that tries actions in the simulator itself,
-until the hopper is upright. Episodes that needed the planner and succeeded are kept; the bundled demonstrations follow.
+The actor acts. Where it lies, in hopper-stand a planner (cross-entropy method) takes over that tries actions in the
+simulator itself, in hopper-hop the actor of hopper-stand, until the hopper is upright. Episodes that needed it and
+succeeded are kept; the bundled demonstrations follow.
 
-    python demos/hopper_getup.py dm_control/hopper-stand-v0 stand.npz --episodes 20        # 20 to 30 minutes
-    python demos/crossq.py --env-id dm_control/hopper-stand-v0 --prior stand.npz --target-entropy -2 --alpha 0.1
+    python demos/hopper_getup.py dm_control/hopper-stand-v0 stand.npz        # 20 to 30 minutes
+    python demos/crossq.py --env-id dm_control/hopper-stand-v0 --prior stand.npz --reset-every 200 --target-entropy -2 --alpha 0.1
+    python demos/hopper_getup.py dm_control/hopper-hop-v0 hop.npz --min-return 50
 
-Angles of the body count full turns. The expert knows the first alone, so it is shown the angle of that.
+Angles of the body count full turns. The actors that SAC trained know the first alone: they are shown the angle of that.
 """
 
 import sys
@@ -61,40 +63,51 @@ def plan(model, data, qpos: np.ndarray, qvel: np.ndarray, mean: np.ndarray, subs
     return best
 
 
-def run_episode(env, actor: sac.Actor, seed: int, args: Args) -> tuple[list, int]:
-    """Transitions of an episode, and how often it planned."""
+def run_episode(env, actor: sac.Actor, stand_actor: sac.Actor | None, seed: int, args: Args) -> tuple[list, int]:
+    """Transitions of an episode, and how often it planned, or began to stand up."""
     obs, _ = env.reset(seed=seed)
     control, rng = env.unwrapped._env, np.random.default_rng(seed)
     physics, model = control.physics, control.physics.model.ptr
     data, guess = mujoco.MjData(model), np.zeros((args.horizon, env.action_space.shape[0]))
-    rows, queue, plans, planning = [], [], 0, False
+    rows, queue, plans, getting_up = [], [], 0, False
     while (not rows or not rows[-1][-1]) and plans <= args.max_plans:
         height, angle = physics.height(), physics.data.qpos[2]
         turns = 2 * np.pi * np.round(angle / (2 * np.pi))
-        if len(rows) == 60 or len(rows) > 120:
-            planning |= height < (0.6 if len(rows) == 60 else 0.4)
-        if height > 0.75 and abs(angle - turns) < 0.6:
-            planning, queue = False, []
-        if planning and not queue:
-            best = plan(model, data, physics.data.qpos, physics.data.qvel, guess, control._n_sub_steps, rng, args)
-            guess, queue, plans = np.concatenate([best[1:], best[-1:]]), [best[0]] * args.hold, plans + 1
         shown = obs - np.float32(turns) * (np.arange(len(obs)) == 1).astype(np.float32)
-        action = queue.pop() if planning else actor.act(shown, deterministic=True)
+        if stand_actor:
+            plans += not getting_up and height < 0.4
+            getting_up = height < 0.4 or (getting_up and (height < 0.65 or abs(angle - turns) > 0.8))
+        else:
+            lies = height < (0.6 if len(rows) == 60 else 0.4) and (len(rows) == 60 or len(rows) > 120)
+            getting_up = (getting_up or lies) and (height < 0.75 or abs(angle - turns) > 0.6)
+        if getting_up and not stand_actor:
+            if not queue:
+                best = plan(model, data, physics.data.qpos, physics.data.qvel, guess, control._n_sub_steps, rng, args)
+                guess, queue, plans = np.concatenate([best[1:], best[-1:]]), [best[0]] * args.hold, plans + 1
+            action = queue.pop()
+        else:
+            action, queue = (stand_actor if getting_up else actor).act(shown, deterministic=True), []
         next_obs, reward, terminated, truncated, _ = env.step(np.asarray(action, np.float32))
         rows.append((obs, action, reward, next_obs, terminated, truncated))
         obs = next_obs
     return rows, plans
 
 
-def main(args: Args) -> None:
-    torch.set_num_threads(1)
-    name = args.env_id.replace("/", "-")
+def load_actor(name: str) -> sac.Actor:
     policy = torch.load(ROOT / "demos" / "experts" / f"{name}.pt", weights_only=True)
     actor = sac.Actor(*policy["sizes"])
     actor.load_state_dict(policy["actor"])
+    return actor
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(1)
+    name = args.env_id.replace("/", "-")
+    actor = load_actor(f"{name}-sac")
+    stand_actor = load_actor("dm_control-hopper-stand-v0") if "hop-" in args.env_id else None
     env, kept, seed = sac.make_env(args.env_id), [], args.seed
     while len(kept) < args.episodes:
-        rows, plans = run_episode(env, actor, seed, args)
+        rows, plans = run_episode(env, actor, stand_actor, seed, args)
         total = sum(row[2] for row in rows)
         kept += [rows] if plans and total >= args.min_return and rows[-1][-1] else []
         print(f"start {seed}: {plans} plans, return {total:.0f}, kept {len(kept)} of {args.episodes}", flush=True)
