@@ -5,8 +5,8 @@ simulator itself, in hopper-hop the actor of hopper-stand, until the hopper is u
 succeeded are kept; the bundled demonstrations follow.
 
     python demos/hopper_getup.py dm_control/hopper-stand-v0 stand.npz        # 20 to 30 minutes
-    python demos/crossq.py --env-id dm_control/hopper-stand-v0 --prior stand.npz --reset-every 200 --target-entropy -2 --alpha 0.1
-    python demos/hopper_getup.py dm_control/hopper-hop-v0 hop.npz --min-return 50
+    python demos/crossq.py --env-id dm_control/hopper-stand-v0 --run-dir runs/stand --prior stand.npz --reset-every 200
+        --target-entropy -2 --alpha 0.1 --bf16
 
 Angles of the body count full turns. The actors that SAC trained know the first alone: they are shown the angle of that.
 """
