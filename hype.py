@@ -338,7 +338,7 @@ def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.actions, next_actions])
         q, next_q = agent.critic(*both, train=True).chunk(2, 1)  # together: the statistics cover both
         next_value = next_q.detach().amin(0) - agent.log_alpha.detach().exp() * next_log_prob
-        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value.clamp(min=0)  # unbounded, Q drifts; below 0 falling pays
     return (q - target).square().mean(1).sum(), q.detach().mean()
 
 

@@ -401,7 +401,11 @@ def train(args: Args) -> list[dict]:
 
         # Act
         deterministic = args.reset_every > 0 and step // args.reset_every % 2 == 1
-        action = agent.actor.act(obs, deterministic) if step >= args.learning_starts else torch.rand(act_dim).mul(2).sub(1).numpy()
+        action = (
+            agent.actor.act(obs, deterministic)
+            if step >= args.learning_starts
+            else torch.rand(act_dim).mul(2).sub(1).numpy()
+        )
         next_obs, reward, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, reward, next_obs, terminated)  # a time limit is no termination
         obs = next_obs
@@ -430,7 +434,9 @@ def train(args: Args) -> list[dict]:
                 raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - last_checkpoint >= args.checkpoint_every:  # between episodes, so that resuming is exact
                 last_checkpoint = step + 1
-                state = dict(agent=agent, ema_actor=ema_actor, buffer=buffer, obs=obs, rows=rows, metrics=metrics, step=step + 1)
+                state = dict(
+                    agent=agent, ema_actor=ema_actor, buffer=buffer, obs=obs, rows=rows, metrics=metrics, step=step + 1
+                )
                 save_checkpoint(run_dir, state | dict(wall_time=time.time() - start_time))
 
     writer.close()

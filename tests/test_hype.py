@@ -244,6 +244,21 @@ def test_policy_and_cost_see_all_episodes_and_every_step_counts(tmp_path, monkey
     assert rows[-1]["env_steps"] == 300 == len(taken[False]) + len(taken[True])
 
 
+@pytest.mark.parametrize("level", [-100.0, 100.0])
+def test_the_critics_targets_bootstrap_from_no_value_below_0(level):
+    torch.manual_seed(0)
+    agent, batch, noise = hype.Agent(OBS, ACT, TINY), transitions(16), torch.randn(16, ACT)
+    batch = batch._replace(rewards=torch.rand(16), terminations=(torch.rand(16) < 0.3).float())
+    agent.critic.net.biases[-1].data.fill_(level)
+    loss, _ = hype.critic_loss(agent, batch, noise, TINY)
+    next_actions, log_prob = agent.actor.sample(batch.next_obs, noise)
+    both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.actions, next_actions])
+    q, next_q = agent.critic(*both, train=True).detach().chunk(2, 1)
+    value = (next_q.amin(0) - agent.log_alpha.exp() * log_prob) * (level > 0)  # all are far from 0
+    target = batch.rewards + 0.99 * (1 - batch.terminations) * value
+    torch.testing.assert_close(loss, ((q[0] - target) ** 2).mean() + ((q[1] - target) ** 2).mean())
+
+
 def test_the_critics_are_two_networks_with_batch_normalisation():
     """Against torch's own modules: values, gradients, and the running statistics that values without `train` use."""
     torch.manual_seed(0)
