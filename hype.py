@@ -331,14 +331,14 @@ class Cost(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics, and the mean Q value."""
+    """Soft Bellman error of both critics, and the mean Q. Rewards are >= 0: Q may not drift below, where falling pays."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
         both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.actions, next_actions])
         q, next_q = agent.critic(*both, train=True).chunk(2, 1)  # together: the statistics cover both
         next_value = next_q.detach().amin(0) - agent.log_alpha.detach().exp() * next_log_prob
-        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value.clamp(min=0)  # unbounded, Q drifts; below 0 falling pays
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value.clamp(min=0)
     return (q - target).square().mean(1).sum(), q.detach().mean()
 
 
