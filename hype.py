@@ -331,7 +331,7 @@ class Cost(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics, and the mean Q. Rewards are >= 0: Q may not drift below, where falling pays."""
+    """Soft Bellman error of both critics, and the mean Q. Rewards are >= 0: Q may not drift below, or falling pays."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
