@@ -4,7 +4,7 @@ Imitation as a game. The cost player learns a cost that is low on expert and hig
 player minimises it with SAC, half of whose batch is imagined. The dynamics ensemble and the rollouts' start states are
 hybrid: half expert, half learner. So the policy only has to compete with the expert and needs few real steps.
 
-    python hyper.py --env-id Ant-v4                        # settings tuned for this robot, see TUNED below
+    python hyper.py --env-id Ant-v4
     python hyper.py --env-id Hopper-v4 --bf16              # faster on a CPU with bfloat16 (see lscpu)
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
@@ -43,7 +43,7 @@ SCRIPT = "hyper"
 class Args:
     env_id: str = "Ant-v4"  # gymnasium id; "dm_control/walker-walk-v0" or "my_module:MyEnv-v0" work too
     seed: int = 1
-    total_timesteps: int = 30_000
+    total_timesteps: int = 20_000
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
@@ -74,43 +74,32 @@ class Args:
     # Imagined rollouts
     expert_start_prob: float = 0.5  # probability that a rollout starts at an expert state instead of a learner state
     rollouts_per_step: int = 40
-    rollout_length: tuple[int, int] = (1, 5)  # grows linearly from the first to the second number over 15,000 steps
+    rollout_length: int = 1
     rollout_retain: int = 8  # model fits whose rollouts are kept
-    rollout_noise: bool = True  # sample next states from the ensemble members' Gaussians instead of taking their means
+    rollout_noise: bool = False  # sample next states from the ensemble members' Gaussians instead of taking their means
 
     # Cost (discriminator)
-    cost_hidden_sizes: tuple[int, ...] = (256, 256)
+    cost_hidden_sizes: tuple[int, ...] = (128, 128)
+    cost_batch_size: int = 128  # of the expert, and of the learner
     cost_lr: float = 1e-4
     gp_coef: float = 10.0
     gp_target: float = 0.5  # gradient norm
 
     # SAC
     hidden_sizes: tuple[int, ...] = (128, 128)
-    normalise_obs: bool = True
-    learning_starts: int = 1_000  # steps of the untrained policy before
+    critic_hidden_sizes: tuple[int, ...] = (128, 128)
+    learning_starts: int = 1_000  # steps of uniformly random actions before learning starts
     updates_per_step: int = 10
     batch_size: int = 256
     real_ratio: float = 0.25  # share of the learner's real transitions in a batch
     expert_ratio: float = 0.25  # share of the expert's; the rest is imagined
-    bc_coef: float = 0.0  # weight of behaviour cloning of the batch's expert transitions in the actor's loss
+    bc_coef: float = 1_000.0  # weight of behaviour cloning of the batch's expert transitions in the actor's loss
     gamma: float = 0.99
-    tau: float = 0.005
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    alpha_lr: float = 3e-4
-    alpha: float = 0.2
+    actor_lr: float = 3e-4  # of the temperature too
+    critic_lr: float = 1e-3
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
-    reset_every: int = 0  # cut training episodes at its multiples, for robots that lie on their back
-
-
-# Settings that differ from the defaults; a flag on the command line beats them. CLONES: where behaviour cloning helps.
-CLONES = dict(total_timesteps=10_000, ema_steps=5_000, bc_coef=1_000.0, rollout_length=(1, 1), rollout_noise=False)
-TUNED = {
-    "Hopper": dict(total_timesteps=12_000, normalise_obs=False),
-    "Walker2d": CLONES,
-    "HalfCheetah": CLONES | dict(reset_every=250),
-    "Ant": CLONES | dict(reset_every=250, total_timesteps=30_000, actor_lr=1e-4, normalise_obs=False),
-}
+    deterministic_ratio: float = 0.5  # share of training episodes that are acted as in evaluations, without noise
+    reset_until: int = 10_000  # until then episodes are cut at every 250th step, or robots learn lying on their back
 
 
 # ---------------------------------------------------------------------------- environment, demonstrations, replay
@@ -287,22 +276,32 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Twin Q functions: [2, batch]."""
+    """Twin Q functions whose batch normalisation makes target networks needless (CrossQ, arXiv 1902.05605)."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_sizes: tuple[int, ...]):
         super().__init__()
-        self.normalise = Normaliser(obs_dim)
-        self.net = EnsembleMLP(2, [obs_dim + act_dim, *hidden_sizes, 1], layer_norm=True)
+        sizes = [obs_dim + act_dim, *hidden_sizes]
+        self.net = EnsembleMLP(2, [*sizes, 1])
+        self.norms = nn.ModuleList(nn.BatchNorm1d(2 * size, momentum=0.01) for size in sizes)
 
-    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat([self.normalise(obs), actions], -1).expand(2, -1, -1)).squeeze(-1)
+    def forward(self, obs: Tensor, actions: Tensor, train: bool = False) -> Tensor:
+        """[2, batch]. Normalises by this batch's statistics if `train`, otherwise by running averages of them."""
+        x = torch.cat([obs, actions], -1).expand(2, -1, -1)
+        for i, norm in enumerate(self.norms):
+            if i > 0:
+                x = F.relu(torch.baddbmm(self.net.biases[i - 1], x, self.net.weights[i - 1]))
+            x = x.transpose(0, 1).flatten(1)  # both networks side by side: [batch, 2 * size]
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, train, norm.momentum)
+            x = x.unflatten(1, (2, -1)).transpose(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # the output stays float32
+            return (x.float() * self.net.weights[-1].mT).sum(-1) + self.net.biases[-1].squeeze(-1)
 
 
 class Adam:
     """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
+    def __init__(self, params, lr: float, beta1: float = 0.9, weight_decay: float = 0.0):
+        self.params, self.lr, self.beta1, self.weight_decay = list(params), lr, beta1, weight_decay
         self.mean, self.square = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.t = torch.zeros((), device=self.params[0].device)
         self.scale = torch.zeros_like(self.t)
@@ -312,9 +311,9 @@ class Adam:
         if self.weight_decay:
             grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
         self.t += 1
-        torch._foreach_lerp_(self.mean, grads, 0.1)
+        torch._foreach_lerp_(self.mean, grads, 1 - self.beta1)
         torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
+        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - self.beta1**self.t))  # kept, or computed often
         root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
         torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
 
@@ -324,14 +323,12 @@ class Agent(nn.Module):
         super().__init__()
         self.actor = Actor(obs_dim, act_dim, args.hidden_sizes)
         self.ema_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = Critic(obs_dim, act_dim, args.hidden_sizes)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))
-        self.target_entropy = -act_dim
+        self.critic = Critic(obs_dim, act_dim, args.critic_hidden_sizes)
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(0.2)))
         self.to(args.device)
-        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr)
-        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr)
-        self.alpha_optimizer = Adam([self.log_alpha], args.alpha_lr)
+        self.actor_optimizer = Adam(self.actor.parameters(), args.actor_lr, beta1=0.5)
+        self.critic_optimizer = Adam(self.critic.parameters(), args.critic_lr, beta1=0.5)
+        self.alpha_optimizer = Adam([self.log_alpha], args.actor_lr)
 
 
 class EnsembleDynamics(nn.Module):
@@ -394,13 +391,14 @@ class Cost(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics, and the mean Q value."""
+    """Soft Bellman error of both critics, and the mean Q. Rewards are >= 0: Q may not drift below, or falling pays."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
-            next_q = agent.target_critic(batch.next_obs, next_actions).amin(0) - agent.log_alpha.exp() * next_log_prob
-            target = batch.rewards + args.gamma * (1 - batch.terminations) * next_q
-        q = agent.critic(batch.obs, batch.actions)
+        both = torch.cat([batch.obs, batch.next_obs]), torch.cat([batch.actions, next_actions])
+        q, next_q = agent.critic(*both, train=True).chunk(2, 1)  # together: the statistics cover both
+        next_value = next_q.detach().amin(0) - agent.log_alpha.detach().exp() * next_log_prob
+        target = batch.rewards + args.gamma * (1 - batch.terminations) * next_value.clamp(min=0)
     return (q - target).square().mean(1).sum(), q.detach().mean()
 
 
@@ -422,41 +420,27 @@ def dynamics_loss(dynamics: EnsembleDynamics, inputs: Tensor, targets: Tensor, a
     return ((mean - targets).square() * (-log_var).exp() + log_var).mean((1, 2)).sum()
 
 
-def cost_loss(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Args) -> Tensor:
-    """Logistic loss, with a gradient penalty at random points, mix [batch, 1] in [0, 1], between expert and learner."""
+def cost_loss(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Moment matching with a gradient penalty at mix [batch, 1] between expert and learner; the learner's mean f."""
     expert_inputs, learner_inputs = (cost.normalise(torch.cat([b.obs, b.actions], -1)) for b in (expert, learner))
-    loss = F.softplus(cost(expert_inputs)).mean() + F.softplus(-cost(learner_inputs)).mean()
+    f_expert, f_learner = cost(expert_inputs), cost(learner_inputs)
     between = mix * expert_inputs + (1 - mix) * learner_inputs
     gradient = torch.func.grad(lambda x: cost(x).sum())(between)
     penalty = ((gradient.square().sum(-1) + 1e-12).sqrt() - args.gp_target).square().mean()
-    return loss + args.gp_coef * penalty
+    return f_expert.mean() - f_learner.mean() + args.gp_coef * penalty, f_learner.detach().mean()
 
 
-@torch.no_grad()
-def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target <- (1 - tau) target + tau source"""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-def sac_update(agent: Agent, batch: Batch, expert: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """One gradient step of critics, actor and temperature, and of the target critics. Returns metrics.
+def sac_update(agent: Agent, cost: Cost, batch: Batch, expert: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
+    """One gradient step of critics, actor and temperature. Returns metrics.
     noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions."""
+    batch = batch._replace(rewards=cost.reward(batch.obs, batch.actions))  # of the current cost
     q_loss, q = critic_loss(agent, batch, noise[0], args)
     agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
     pi_loss, entropy = actor_loss(agent, batch, expert, noise[1], args)
     agent.actor_optimizer.step(torch.autograd.grad(pi_loss, agent.actor_optimizer.params))
-    agent.alpha_optimizer.step([entropy - agent.target_entropy])
-    polyak(agent.target_critic, agent.critic, args.tau)
+    agent.alpha_optimizer.step([entropy + noise.shape[-1]])  # the gradient of alpha's loss: the target is -act_dim
     metrics = dict(critic=q_loss, actor=pi_loss, q=q, entropy=entropy, alpha=agent.log_alpha.exp())
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
-
-
-def sac_updates(update, agent: Agent, cost: Cost, batches: Batch, experts: Batch, noise: Tensor, args: Args) -> dict:
-    """Gradient steps on batches [updates, batch, ...], which get the current cost's rewards."""
-    batches = batches._replace(rewards=cost.reward(batches.obs, batches.actions))
-    for inputs in zip(map(Batch, *batches), map(Batch, *experts), noise, strict=True):
-        metrics = update(agent, *inputs, args)
-    return metrics
 
 
 def dynamics_update(dynamics: EnsembleDynamics, inputs: Tensor, targets: Tensor, args: Args) -> None:
@@ -466,8 +450,10 @@ def dynamics_update(dynamics: EnsembleDynamics, inputs: Tensor, targets: Tensor,
 
 
 def cost_update(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Args) -> Tensor:
-    loss = cost_loss(cost, expert, learner, mix, args)
+    loss, learner_mean = cost_loss(cost, expert, learner, mix, args)
     cost.optimizer.step(torch.autograd.grad(loss, cost.optimizer.params))
+    with torch.no_grad():  # the loss leaves f free up to a constant: keep the learner's mean at 0
+        cost.net.biases[-1].sub_(learner_mean / cost.optimizer.t.clamp(max=100))  # a running mean
     return loss.detach()
 
 
@@ -646,10 +632,10 @@ def train(args: Args) -> list[dict]:
     imagined = concat(*rollouts) if rollouts else None
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
-    updates = compiled(sac_update, args, loop=sac_updates)
-    update_dynamics, update_cost = compiled(dynamics_update, args), compiled(cost_update, args)
+    update, update_dynamics = compiled(sac_update, args), compiled(dynamics_update, args)
+    update_cost = compiled(cost_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, _ = env.reset(seed=hash((args.seed, start_step)) % 2**31)
+    obs, _ = env.reset(seed=(env_seed := hash((args.seed, start_step)) % 2**31))
     if not np.array_equal(obs, state.get("obs", obs)):
         print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
@@ -667,8 +653,9 @@ def train(args: Args) -> list[dict]:
         if step == args.total_timesteps:
             break
 
-        # Act: samples of the untrained policy at first, then the deterministic policy
-        action = agent.actor.act(obs, deterministic=step >= args.learning_starts)
+        # Act: at random at first, then as the policy does; the episode's seed decides if with noise
+        mean = env_seed < args.deterministic_ratio * 2**31
+        action = agent.actor.act(obs, mean) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
         next_obs, _, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, 0.0, next_obs, terminated)  # a time limit is no termination
         obs, learner = next_obs, buffer.all()
@@ -676,9 +663,8 @@ def train(args: Args) -> list[dict]:
 
         if learning_step == 0:
             cost.normalise.fit(*(torch.cat([data.obs, data.actions], -1) for data in (expert, learner)))
-            if args.normalise_obs:
-                for network in (agent.actor, agent.ema_actor, agent.critic, agent.target_critic):
-                    network.normalise.fit(expert.obs, learner.obs)
+            for network in (agent.actor, agent.ema_actor):
+                network.normalise.fit(expert.obs, learner.obs)
 
         # Model: fit it to expert and learner transitions (hybrid), then imagine rollouts from states of both
         if learning_step >= 0 and learning_step % args.model_every == 0:
@@ -689,37 +675,37 @@ def train(args: Args) -> list[dict]:
             n = args.rollouts_per_step * args.model_every
             from_expert = torch.rand(n, 1, device=args.device) < args.expert_start_prob
             starts = torch.where(from_expert, sample(expert, n).obs, sample(learner, n).obs)
-            length = int(np.interp(step, (0, 15_000), args.rollout_length))
-            rollouts.append(imagine(dynamics, agent.actor, starts, length, terminates, args))
+            rollouts.append(imagine(dynamics, agent.actor, starts, args.rollout_length, terminates, args))
             imagined = concat(*rollouts)
             recent = Batch(*(field[-1_000:] for field in learner))
-            metrics |= {"model/hold_out_mse": hold_out, "model/rollout_length": length}
             metrics |= {f"model/error_{k}_steps": model_error(dynamics, recent, k) for k in (1, 5)}
             inputs = torch.cat([recent.obs, recent.actions], -1).expand(args.model_elites, -1, -1)
+            metrics["model/hold_out_mse"] = hold_out
             metrics["model/disagreement"] = dynamics.elites_forward(inputs)[0].detach().std(0).mean()
 
         # Policy: SAC on real, expert and imagined transitions, with the current cost's rewards
         if learning_step >= 0:
             n_real, n_expert = round(args.real_ratio * args.batch_size), round(args.expert_ratio * args.batch_size)
-            n_imagined, n = args.batch_size - n_real - n_expert, args.updates_per_step
-            expert_batches = sample(expert, n, n_expert)
-            batches = concat(sample(learner, n, n_real), expert_batches, sample(imagined, n, n_imagined), dim=1)
-            noise = torch.randn(n, 2, args.batch_size, act_dim, device=args.device)
-            metrics |= updates(agent, cost, batches, expert_batches, noise, args)
-            polyak(agent.ema_actor, agent.actor, 1 / min(args.ema_steps, 1 + learning_step / 4))
+            for _ in range(args.updates_per_step):
+                expert_batch = sample(expert, n_expert)
+                imagined_batch = sample(imagined, args.batch_size - n_real - n_expert)
+                batch = concat(sample(learner, n_real), expert_batch, imagined_batch)
+                noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
+                metrics |= update(agent, cost, batch, expert_batch, noise, args)
+            with torch.no_grad():
+                weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
+                torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
-        # Cost: one step that raises it on the learner's transitions and lowers it on the expert's
-        if learning_step >= 1:
-            expert_batch, learner_batch = (sample(data, args.batch_size) for data in (expert, learner))
-            mix = torch.rand(args.batch_size, 1, device=args.device)
+            # Cost: one step that raises it on the learner's transitions and lowers it on the expert's
+            expert_batch, learner_batch = (sample(data, args.cost_batch_size) for data in (expert, learner))
+            mix = torch.rand(args.cost_batch_size, 1, device=args.device)
             metrics["losses/cost"] = update_cost(cost, expert_batch, learner_batch, mix, args)
             if step % 100 == 0:
                 means = [cost.reward(data.obs[-1_000:], data.actions[-1_000:]).mean() for data in (expert, learner)]
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
 
-        cut = args.reset_every and learning_step >= 0 and learning_step % args.reset_every == 0
-        if terminated or truncated or cut:
-            obs, _ = env.reset(seed=hash((args.seed, step + 1)) % 2**31)
+        if terminated or truncated or (step < args.reset_until and (step + 1) % 250 == 0):
+            obs, _ = env.reset(seed=(env_seed := hash((args.seed, step + 1)) % 2**31))
             if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
                 raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - state.get("step", 0) >= args.checkpoint_every:  # between episodes: resuming is exact
@@ -732,6 +718,4 @@ def train(args: Args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    args, _ = tyro.cli(Args, add_help=False, return_unknown_args=True)  # --help below shows the tuned settings
-    tuned = TUNED.get(args.env_id.split("-v")[0], {})
-    train(tyro.cli(Args, default=replace(Args(env_id=args.env_id), **tuned), description=__doc__))
+    train(tyro.cli(Args, description=__doc__))

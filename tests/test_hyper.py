@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import hype
 import hyper
-import sac
 from tests.conftest import POINT, ROOT
 
-ARGS = hyper.Args(
-    device="cpu", model_hidden_sizes=(8, 8), hidden_sizes=(8, 8), cost_hidden_sizes=(8, 8), model_batch_size=32
-)
+SMALL = dict(hidden_sizes=(8, 8), critic_hidden_sizes=(8, 8), cost_hidden_sizes=(8, 8))
+ARGS = hyper.Args(device="cpu", model_hidden_sizes=(8, 8), model_batch_size=32, **SMALL)
 
 
 def batch_of(n: int, obs_dim: int = 2, act_dim: int = 1, shift: float = 0.0) -> hyper.Batch:
@@ -45,17 +44,14 @@ def test_a_normaliser_counts_its_sources_the_same_whatever_their_sizes():
     torch.testing.assert_close(centred, torch.tensor([[1.0, -1, 0]]))
 
 
-def test_actor_and_critics_see_standardised_observations_and_raw_actions():
+def test_the_actor_sees_standardised_observations():
     torch.manual_seed(0)
-    agent, noise = hyper.Agent(3, 2, ARGS), torch.randn(50, 2)
-    obs, actions = 5 + 9 * torch.randn(50, 3), torch.rand(50, 2)
-    raw = agent.actor.sample(obs, noise), agent.critic(obs, actions), agent.actor.act(obs[0].numpy(), True)
-    for network in (agent.actor, agent.critic):
-        network.normalise.fit(obs)
+    actor, noise, obs = hyper.Actor(3, 2, (8, 8)), torch.randn(50, 2), 5 + 9 * torch.randn(50, 3)
+    raw = actor.sample(obs, noise), actor.act(obs[0].numpy(), True)
+    actor.normalise.fit(obs)
     outside = obs * obs.std(0, correction=0) + obs.mean(0)  # standardised, it is obs again
-    torch.testing.assert_close(agent.actor.sample(outside, noise), raw[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(agent.critic(outside, actions), raw[1], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(agent.actor.act(outside[0].numpy(), True), raw[2], atol=1e-4)
+    torch.testing.assert_close(actor.sample(outside, noise), raw[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(actor.act(outside[0].numpy(), True), raw[1], atol=1e-4)
 
 
 def test_reward_becomes_higher_on_expert_transitions_and_is_softplus_of_minus_the_cost():
@@ -78,19 +74,24 @@ def test_reward_becomes_higher_on_expert_transitions_and_is_softplus_of_minus_th
     assert (cost.reward(obs, actions) == 10).all()  # at most
 
 
-def test_without_cloning_an_update_is_that_of_sac():
+def test_an_update_is_that_of_hype():
     torch.manual_seed(0)
-    args = sac.Args(
-        device="cpu", hidden_sizes=(8, 8), critic_layer_norm=True, alpha=ARGS.alpha, critic_lr=3e-4, alpha_lr=3e-4
+    args = hype.Args(device="cpu", **SMALL)
+    ours, theirs = (hyper.Agent(3, 2, ARGS), hyper.Cost(3, 2, ARGS)), (hype.Agent(3, 2, args), hype.Cost(3, 2, args))
+    for mine, other in zip(ours, theirs, strict=True):
+        other.load_state_dict(mine.state_dict())
+    batch, expert, learner, noise, mix = (
+        *(batch_of(n, 3, 2) for n in (32, 8, 8)),
+        torch.randn(2, 32, 2),
+        torch.rand(8, 1),
     )
-    ours, theirs, batch = hyper.Agent(3, 2, ARGS), sac.Agent(3, 2, args), batch_of(32, 3, 2)
-    for name in ("actor", "critic", "target_critic"):
-        getattr(theirs, name).net.load_state_dict(getattr(ours, name).net.state_dict())
-    noise = torch.randn(2, 32, 2)
-    a = hyper.sac_update(ours, batch, batch, noise, ARGS)
-    b = sac.sac_update(theirs, sac.Batch(*batch), noise, args)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    assert all(torch.equal(p, dict(ours.named_parameters())[name]) for name, p in theirs.named_parameters())
+    for _ in range(2):
+        a, b = hyper.sac_update(*ours, batch, expert, noise, ARGS), hype.sac_update(*theirs, batch, expert, noise, args)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        hyper.cost_update(ours[1], expert, learner, mix, ARGS)
+        hype.cost_update(theirs[1], expert, learner, mix, args)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert all(map(torch.equal, mine.state_dict().values(), other.state_dict().values()))
 
 
 def test_cloning_adds_the_mean_actions_squared_error_to_the_actors_loss():
@@ -316,9 +317,9 @@ def test_what_the_model_and_the_policy_learn_from(watch, expert, monkeypatch):
     made, means, init = [], [], hyper.Cost.__init__
     monkeypatch.setattr(hyper.Cost, "__init__", lambda self, *rest: [made.append(self), init(self, *rest)][1])
 
-    def check(agent, batch, *rest):
-        torch.testing.assert_close(batch.rewards, made[0].reward(batch.obs, batch.actions))  # of the cost as it is now
-        means.append(batch.rewards.mean().item())
+    def check(agent, cost, batch, *rest):
+        assert cost is made[0]  # rewards are of the cost as it is now
+        means.append(cost.reward(batch.obs, batch.actions).mean().item())
 
     calls, state = watch(check, real_ratio=0.125, expert_ratio=0.5, cost_lr=1e-2)
     assert np.std(means) > 0.01  # the cost did change
@@ -329,7 +330,7 @@ def test_what_the_model_and_the_policy_learn_from(watch, expert, monkeypatch):
     sources, normalise = (torch.cat([expert.obs, expert.actions], -1), learner[:60, :6]), hyper.Normaliser(6)
     normalise.fit(*sources)
     torch.testing.assert_close(state["cost"].normalise.state_dict(), normalise.state_dict())
-    for name in ("actor", "ema_actor", "critic", "target_critic"):
+    for name in ("actor", "ema_actor"):
         of_obs = {part: value[:4] for part, value in normalise.state_dict().items()}
         torch.testing.assert_close(dict(getattr(state["agent"], name).normalise.state_dict()), of_obs)
 
@@ -346,10 +347,10 @@ def test_what_the_model_and_the_policy_learn_from(watch, expert, monkeypatch):
 
     # Policy: the shares of a batch, in this order; the cloned transitions are the batch's expert ones.
     assert len(updates) == 2 * 71  # two for each step from the 60th on
-    for _, batch, cloned, *_ in updates:
+    for _, _, batch, cloned, *_ in updates:
         assert torch.equal(whole(cloned), whole(batch)[2:10])
         assert among(whole(batch), whole(expert)).tolist() == [False] * 2 + [True] * 8 + [False] * 6
-    for _, batch, *_ in updates[: 2 * (state["step"] - 60)]:
+    for _, _, batch, *_ in updates[: 2 * (state["step"] - 60)]:
         assert among(whole(batch), learner).tolist() == [True] * 2 + [False] * 14
 
 
@@ -374,15 +375,6 @@ def test_the_evaluated_actor_is_an_average(watch, tmp_path):
     assert not any(map(torch.equal, average, actors[-1]))
 
 
-def test_rollouts_lengthen_episodes_are_cut_and_the_mean_acts_after_the_warm_up(watch, monkeypatch):
-    monkeypatch.setattr(hyper, "sac_update", lambda *_: {"losses/critic": torch.tensor(0.0)})
-    monkeypatch.setattr(hyper, "cost_update", lambda *_: torch.tensor(0.0))
-    settings = dict(rollout_length=(1, 151), learning_starts=10, model_every=105, rollouts_per_step=1, reset_every=7)
-    calls, state = watch(total_timesteps=450, **settings)
-    assert [length for _, _, _, length, *_ in calls["imagine"]] == [1, 2, 3, 4, 5]  # grows by 150 in 15,000 steps
-    data = state["buffer"].all()
-    ends = (data.next_obs[:-1] != data.obs[1:]).any(-1).nonzero()[:, 0] + 1
-    assert set(range(10, len(data.obs), 7)) <= set(ends.tolist())
-    means = state["agent"].actor(data.obs)[0].tanh().detach()  # it learned nothing
-    torch.testing.assert_close(data.actions[10:], means[10:], rtol=1e-4, atol=1e-5)
-    assert (data.actions - means)[:10].abs().min() > 1e-3  # sampled
+def test_rollouts_have_their_length(watch):
+    calls, _ = watch(rollout_length=3)
+    assert {length for _, _, _, length, *_ in calls["imagine"]} == {3}

@@ -77,11 +77,12 @@ def test_an_ensemble_is_n_separate_networks(fan_out, bf16, layer_norm):
     torch.testing.assert_close(ours, theirs, **(dict(rtol=0.2, atol=0.5) if bf16 else dict(rtol=1e-4, atol=1e-5)))
 
 
-@pytest.mark.parametrize("script,decay", [(sac, {}), (hyper, dict(weight_decay=0.1))])
+@pytest.mark.parametrize("script,decay", [(sac, {}), (hyper, dict(weight_decay=0.1, beta1=0.5))])
 def test_adam_is_torchs_adam(script, decay):
     torch.manual_seed(0)
     ours, theirs = ([torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (3, 5)] for _ in range(2))
-    a, b = script.Adam(ours, 0.01, **decay), torch.optim.Adam(theirs, 0.01, **decay)
+    betas, rest = (decay.get("beta1", 0.9), 0.999), dict(weight_decay=decay.get("weight_decay", 0))
+    a, b = script.Adam(ours, 0.01, **decay), torch.optim.Adam(theirs, 0.01, betas=betas, **rest)
     for _ in range(20):
         for p in theirs:
             p.grad = torch.randn_like(p)

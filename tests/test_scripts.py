@@ -85,7 +85,7 @@ WORLD = f"{FAST} --env-id PointMass2D-v0 --reward analytic --tau 0.05"
 LEARNS = {
     "sac": (f"{LEARN} --total-timesteps 1500", 10, 29),
     "hyper": (
-        f"{LEARN} {CLONE} {SMALL} {SMALL_COST} --total-timesteps 800 --updates-per-step 2 --no-normalise-obs "
+        f"{LEARN} {CLONE} {SMALL} {SMALL_COST} --total-timesteps 800 --updates-per-step 2 "
         "--model-every 50 --model-first-batches 200 --model-batches 20",
         *(10, 29),
     ),
