@@ -632,8 +632,7 @@ def train(args: Args) -> list[dict]:
     imagined = concat(*rollouts) if rollouts else None
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
-    update, update_dynamics = compiled(sac_update, args), compiled(dynamics_update, args)
-    update_cost = compiled(cost_update, args)
+    update, update_dynamics, update_cost = (compiled(f, args) for f in (sac_update, dynamics_update, cost_update))
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
     obs, _ = env.reset(seed=(env_seed := hash((args.seed, start_step)) % 2**31))
     if not np.array_equal(obs, state.get("obs", obs)):
