@@ -125,7 +125,6 @@ def env_steps(root: Path, script: str, graph: bool = True, **flags):
         with_graph = module.compiled
         module.compiled = lambda update, args, loop=None: with_graph(update, replace(args, device="cpu"), loop)
     flags |= dict(demos=str(root / "demos" / "Hopper-v4.npz")) if script != "sac" else {}
-    flags |= dict(normalise_obs=False) if script == "hyper" else {}
     args = module.Args(env_id="Hopper-v4", total_timesteps=10**6, eval_every=250, learning_starts=1_000, **flags)
     args.run_dir = f"{tempfile.mkdtemp()}/run"
     threading.Thread(target=module.train, args=[args], daemon=True).start()
