@@ -308,7 +308,7 @@ class Agent(nn.Module):
 
 
 class Cost(nn.Module):
-    """The learned cost f(s, a), low on expert and high on learner transitions (a discriminator's logit)."""
+    """The learned cost f(s, a), low on expert and high on learner transitions."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -331,7 +331,7 @@ class Cost(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics, and the mean Q. Rewards are >= 0: Q may not drift below, or falling pays."""
+    """Soft Bellman error of both critics, and the mean Q. Next values are at least 0: below, falling would pay."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
@@ -511,8 +511,8 @@ def train(args: Args) -> list[dict]:
             break
 
         # Act: at random at first, then as the policy does; the episode's seed decides if with noise
-        mean = env_seed < args.deterministic_ratio * 2**31
-        action = agent.actor.act(obs, mean) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
+        quiet = env_seed < args.deterministic_ratio * 2**31
+        action = agent.actor.act(obs, quiet) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
         next_obs, _, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, 0.0, next_obs, terminated)  # a time limit is no termination
         obs, learner = next_obs, buffer.all()

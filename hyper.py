@@ -2,10 +2,10 @@
 
 Imitation as a game. The cost player learns a cost that is low on expert and high on learner transitions; the policy
 player minimises it with SAC, half of whose batch is imagined. The dynamics ensemble and the rollouts' start states are
-hybrid: half expert, half learner. So the policy only has to compete with the expert and needs few real steps.
+hybrid: half expert, half learner. So the policy only has to compete with the expert and needs few real steps. Here the
+actor's loss has a cloning term, too.
 
-    python hyper.py --env-id Ant-v4
-    python hyper.py --env-id Hopper-v4 --bf16              # faster on a CPU with bfloat16 (see lscpu)
+    python hyper.py --env-id Ant-v4 --bf16                 # --bf16: faster on a CPU with bfloat16 (see lscpu)
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
 Expected with ten demonstrations: Hopper-v4 at the expert's return after 8,000 real steps (8 minutes on one core),
@@ -67,8 +67,8 @@ class Args:
     model_lr: float = 1e-3
     model_batch_size: int = 256
     model_every: int = 250  # steps between model fits, each followed by imagined rollouts
-    model_first_batches: int = 1_500
-    model_batches: int = 120  # minibatches of the first and of later fits, at most
+    model_first_batches: int = 1_500  # minibatches of the first fit, at most
+    model_batches: int = 120  # of each later one
     model_patience: int = 10  # stop a fit after so many epochs without improvement on held-out data
 
     # Imagined rollouts
@@ -368,7 +368,7 @@ class EnsembleDynamics(nn.Module):
 
 
 class Cost(nn.Module):
-    """The learned cost f(s, a), low on expert and high on learner transitions (a discriminator's logit)."""
+    """The learned cost f(s, a), low on expert and high on learner transitions."""
 
     def __init__(self, obs_dim: int, act_dim: int, args: Args):
         super().__init__()
@@ -391,7 +391,7 @@ class Cost(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics, and the mean Q. Rewards are >= 0: Q may not drift below, or falling pays."""
+    """Soft Bellman error of both critics, and the mean Q. Next values are at least 0: below, falling would pay."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
@@ -653,8 +653,8 @@ def train(args: Args) -> list[dict]:
             break
 
         # Act: at random at first, then as the policy does; the episode's seed decides if with noise
-        mean = env_seed < args.deterministic_ratio * 2**31
-        action = agent.actor.act(obs, mean) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
+        quiet = env_seed < args.deterministic_ratio * 2**31
+        action = agent.actor.act(obs, quiet) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
         next_obs, _, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, 0.0, next_obs, terminated)  # a time limit is no termination
         obs, learner = next_obs, buffer.all()

@@ -32,7 +32,7 @@ PROTOCOLS = "one", "fifty"  # one demonstrated trajectory; every twentieth row o
 # Variants with a line in the picture; the others stand in the table alone. Scripts that are not named draw all.
 DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="", maml="")
 DRAWN |= dict(vins="rl-from-vins rl-from-random", slbo="default mb-trpo mf-trpo mse sac", bc="")
-DRAWN["hyper"] = "default edition-2"
+DRAWN["hyper"] = "default edition-1"
 LEVELS = {"sac_eo": (0.5, 0.8, 0.9), "bco_baseline": (0.5, 0.8, 0.9), "mbarl": (0.5, 0.9, 1.0)}
 MEASURES = dict(mbarl="success_rate", vins="success_rate")
 MEASURES |= dict.fromkeys(("sra_offline", "offline_baselines"), "normalized_score")
