@@ -161,7 +161,7 @@ def comparison_table(page: str) -> str:
     for env_id, there in methods(page).items():
         runs = {name: curve(paths) for name, paths in there.items()}
         ends = [run.steps[-1] for name, run in runs.items() if there[name][0].parts[-4] == script and not run.offline]
-        if len(ends) < 2:
+        if len(ends) < 2 - (page in PROTOCOLS):
             continue
         cells = columns[f"{env_id}, {min(ends):,} steps"] = {}
         for name, run in runs.items():
