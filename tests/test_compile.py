@@ -22,7 +22,13 @@ needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 COMPILED = [script for script in COMMANDS if hasattr(importlib.import_module(script), "compiled")]
 ARGS = hyper.Args(
-    device="cpu", compile="on", hidden_sizes=(16,), model_hidden_sizes=(16,), cost_hidden_sizes=(16,), bc_coef=10.0
+    device="cpu",
+    compile="on",
+    hidden_sizes=(16,),
+    critic_hidden_sizes=(16,),
+    model_hidden_sizes=(16,),
+    cost_hidden_sizes=(16,),
+    bc_coef=10.0,
 )
 
 
@@ -32,9 +38,9 @@ def batch_of(*shape: int) -> hyper.Batch:
 
 
 def draw(name: str) -> tuple:
-    """Random inputs of an update of hyper.py, without its networks and settings."""
+    """Random inputs of an update of hyper.py, without the network that it trains and settings."""
     if name == "sac_update":
-        return batch_of(32), batch_of(8), torch.randn(2, 32, 2)
+        return hyper.Cost(3, 2, ARGS), batch_of(32), batch_of(8), torch.randn(2, 32, 2)
     if name == "dynamics_update":
         return torch.randn(7, 32, 5), torch.randn(7, 32, 3)
     return batch_of(32), batch_of(32), torch.rand(32, 1)
@@ -59,7 +65,7 @@ def assert_twenty_updates_agree(name: str, args: hyper.Args) -> None:
 
 
 def batch_to(x, device: str):
-    return x.to(device) if torch.is_tensor(x) else hyper.Batch(*(field.to(device) for field in x))
+    return hyper.Batch(*(field.to(device) for field in x)) if isinstance(x, hyper.Batch) else x.to(device)
 
 
 @needs_compiler

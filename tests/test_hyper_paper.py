@@ -130,7 +130,8 @@ def test_sac_update_steps_along_the_gradients_of_the_losses_of_sac(alpha_lr):
 def test_model_fit_and_rollouts_are_those_of_hyper_where_nothing_is_clamped():
     """The same numbers from the same seed: likelihood, Adam, bootstrap, held-out choice, elites' shares, rollouts."""
     settings = dict(model_members=7, model_elites=5, model_lr=3e-3, model_batch_size=64, model_patience=2)
-    theirs, ours = hyper.Args(device="cpu", **SIZES, **settings), replace(TINY, **settings)
+    theirs = hyper.Args(device="cpu", rollout_noise=True, **SIZES, **settings)
+    ours = replace(TINY, **settings)
     models, actor = (
         [hyper.EnsembleDynamics(3, 2, theirs), hyper_paper.Dynamics(3, 2, ours)],
         hyper_paper.Actor(3, 2, (8,)),
