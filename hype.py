@@ -66,7 +66,7 @@ class Args:
 
     # SAC
     hidden_sizes: tuple[int, ...] = (128, 128)
-    critic_hidden_sizes: tuple[int, ...] = (256, 256)
+    critic_hidden_sizes: tuple[int, ...] = (128, 128)
     learning_starts: int = 1_000  # steps of uniformly random actions before learning starts
     updates_per_step: int = 1
     batch_size: int = 256
@@ -481,18 +481,22 @@ def train(args: Args) -> list[dict]:
         env, eval_env = (import_module("envs.wrappers").TremblingHand(x, args.p_tremble) for x in (env, eval_env))
     obs_dim, act_dim = env.observation_space.shape[0], env.action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
-    expert, _, returns = load_demos(demos, env, args.num_demos, args.demo_subsample, args.device)
+    expert, ends, returns = load_demos(demos, env, args.num_demos, args.demo_subsample, args.device)
     if args.reset_prob:
         env = import_module("envs.wrappers").DemoStarts(env, demos, args.num_demos, args.reset_prob)
     run_dir, state = open_run(args)
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     cost = state.get("cost") or Cost(obs_dim, act_dim, args)
     buffer = state.get("buffer") or ReplayBuffer(1_000_000, obs_dim, act_dim, args.device)
+    # The expert's transitions: their times in a trajectory, and how often the learner was near those
+    times = torch.cat([torch.arange(n, device=args.device) for n in np.diff(ends, prepend=0)])[:: args.demo_subsample]
+    visits = state.get("visits", torch.zeros_like(expert.rewards))
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
     update, update_cost = compiled(sac_update, args), compiled(cost_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, _ = env.reset(seed=(env_seed := hash((args.seed, start_step)) % 2**31))
+    obs, info = env.reset(seed=(env_seed := hash((args.seed, start_step)) % 2**31))
+    t = info.get("demo_step") or 0
     if not np.array_equal(obs, state.get("obs", obs)):
         print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
@@ -515,7 +519,9 @@ def train(args: Args) -> list[dict]:
         action = agent.actor.act(obs, quiet) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
         next_obs, _, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, 0.0, next_obs, terminated)  # a time limit is no termination
-        obs, learner = next_obs, buffer.all()
+        near = ((times - t).abs() < 13).float()
+        visits += near / near.sum().clamp(min=1)
+        obs, t, learner = next_obs, t + 1, buffer.all()
         learning_step = step + 1 - max(args.learning_starts, 1)
 
         if learning_step == 0:
@@ -535,8 +541,10 @@ def train(args: Args) -> list[dict]:
                 weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
                 torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
-            # Cost: one step that raises it on the learner's transitions and lowers it on the expert's
-            expert_batch, learner_batch = (sample(data, args.cost_batch_size) for data in (expert, learner))
+            # Cost: one step that raises it on the learner's transitions and lowers it on the expert's at the same times
+            # of an episode: as long as episodes are short the learner's are mostly starts, which must not cost
+            index = torch.multinomial(visits, args.cost_batch_size, replacement=True)
+            expert_batch, learner_batch = Batch(*(x[index] for x in expert)), sample(learner, args.cost_batch_size)
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)
             metrics["losses/cost"] = update_cost(cost, expert_batch, learner_batch, mix, args)
             if step % 100 == 0:
@@ -544,12 +552,14 @@ def train(args: Args) -> list[dict]:
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
 
         if terminated or truncated or (step < args.reset_until and (step + 1) % 250 == 0):
-            obs, _ = env.reset(seed=(env_seed := hash((args.seed, step + 1)) % 2**31))
+            obs, info = env.reset(seed=(env_seed := hash((args.seed, step + 1)) % 2**31))
+            t = info.get("demo_step") or 0
             if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
                 raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - state.get("step", 0) >= args.checkpoint_every:  # between episodes: resuming is exact
-                state = dict(agent=agent, cost=cost, buffer=buffer, rows=rows, metrics=metrics, obs=obs, step=step + 1)
-                save_checkpoint(run_dir, state | dict(wall_time=time.time() - start_time))
+                state = dict(agent=agent, cost=cost, buffer=buffer, visits=visits, rows=rows, metrics=metrics, obs=obs)
+                state |= dict(step=step + 1, wall_time=time.time() - start_time)
+                save_checkpoint(run_dir, state)
 
     writer.close()
     return rows

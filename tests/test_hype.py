@@ -166,6 +166,25 @@ def test_early_episodes_are_cut_and_half_are_acted_without_noise(script, tmp_pat
 
 
 @pytest.mark.parametrize("script", [hype, hyper])
+def test_the_cost_sees_the_expert_at_the_learners_times(script, tmp_path, monkeypatch):
+    """The learner falls early, so the expert's rows are early ones, in proportion to the learner's."""
+    drawn, taken, add, update = [], [], script.ReplayBuffer.add, script.cost_update
+    monkeypatch.setattr(script.ReplayBuffer, "add", lambda self, *row: [taken.append(row[4]), add(self, *row)][1])
+    monkeypatch.setattr(script, "cost_update", lambda *x: [drawn.append(x[1].obs), update(*x)][1])
+    monkeypatch.setattr(hyper, "fit_dynamics", lambda *_: 0.0)
+    run = SMALL | dict(env_id="Hopper-v4", demos=HOPPER, learning_starts=300, total_timesteps=500, updates_per_step=0)
+    run |= dict(cost_batch_size=64, eval_episodes=1, device="cpu", run_dir=str(tmp_path), compile="off")
+    script.train(script.Args(**run))
+    observations = np.load(HOPPER)["observations"][:4_000]
+    time_of = {obs.tobytes(): row % 1_000 for row, obs in enumerate(observations.astype(np.float32))}
+    times = np.array([time_of[obs.numpy().tobytes()] for batch in drawn for obs in batch])
+    ends = np.flatnonzero(taken)
+    visited = np.arange(500) - np.concatenate([[0], ends + 1])[np.searchsorted(ends, np.arange(500))]
+    assert len(drawn) == 201 and times.max() < visited.max() + 13 < 300
+    assert abs(times.mean() - visited[:400].mean()) < 5
+
+
+@pytest.mark.parametrize("script", [hype, hyper])
 def test_the_hand_trembles_in_training_and_in_evaluation(script, tmp_path, monkeypatch):
     seen, step = [], TremblingHand.action
     monkeypatch.setattr(
@@ -186,7 +205,7 @@ def test_resets_continue_the_demonstration_to_the_last_bit():
     for seed in range(2):
         obs, info = env.reset(seed=seed)
         (row,), truncated = np.flatnonzero((data["observations"] == obs).all(1)), False
-        assert info["demo_start"] and row < 2_000 and row % 4 == 0
+        assert info["demo_step"] == row % 1_000 and row < 2_000 and row % 4 == 0
         np.testing.assert_array_equal(simulator_state(env), data["states"][row // 4])
         for t in range(row, row + 1_000 - row % 1_000):
             assert not truncated
@@ -212,7 +231,7 @@ def test_resets_have_their_probability_and_their_seed_decides():
         obs, info = env.reset(seed=seed)
         seen.add(obs.tobytes())
         np.testing.assert_array_equal(obs, env.reset(seed=seed)[0])
-        if info["demo_start"]:
+        if info["demo_step"] is not None:
             times.append(env.get_wrapper_attr("_elapsed_steps"))
         else:
             np.testing.assert_array_equal(obs, plain.reset(seed=seed)[0])
@@ -226,7 +245,7 @@ def test_policy_and_cost_see_all_episodes_and_every_step_counts(tmp_path, monkey
 
     def watch_reset(self, **seed):
         obs, info = reset(self, **seed)
-        kinds.append(info["demo_start"])
+        kinds.append(info["demo_step"] is not None)
         return obs, info
 
     def watch_add(self, obs, action, *rest):
