@@ -536,7 +536,7 @@ def imagine(dynamics: EnsembleDynamics, actor: Actor, obs: Tensor, length: int, 
 @torch.no_grad()
 def model_error(dynamics: EnsembleDynamics, real: Batch, length: int) -> Tensor:
     """Root mean square error of `length` predicted steps along real transitions [n, ...], in standard deviations."""
-    n = len(real.obs) - length + 1
+    n = max(len(real.obs) - length + 1, 0)
     obs, unbroken = real.obs[:n], torch.ones(n, dtype=torch.bool, device=real.obs.device)
     for k in range(length):
         inputs = torch.cat([obs, real.actions[k : k + n]], -1).expand(len(dynamics.elites), -1, -1)

@@ -313,6 +313,12 @@ def watch(monkeypatch, tmp_path, demos):
     return run
 
 
+def test_learning_may_start_at_once(watch):
+    """With fewer transitions than the model's error is measured along."""
+    calls, _ = watch(lambda *_: None, learning_starts=0)
+    assert len(calls["sac_update"]) == 2 * 130
+
+
 def test_what_the_model_and_the_policy_learn_from(watch, expert, monkeypatch):
     made, means, init = [], [], hyper.Cost.__init__
     monkeypatch.setattr(hyper.Cost, "__init__", lambda self, *rest: [made.append(self), init(self, *rest)][1])
