@@ -8,8 +8,8 @@ actor's loss has a cloning term, too.
     python hyper.py --env-id Ant-v4 --bf16                 # --bf16: faster on a CPU with bfloat16 (see lscpu)
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
-Expected with ten demonstrations: Hopper-v4 at the expert's return after 8,000 real steps (8 minutes on one core),
-Ant-v4, with cloning, at 90% after 20,000 (26 minutes). Differences from the authors' code: docs/hyper.md
+Expected with ten demonstrations: the expert's return on Hopper-v4 after 2,000 real steps, Ant-v4 3,000, HalfCheetah-v4
+5,000; a step takes 60 ms on one core. Differences from the authors' code: docs/hyper.md
 """
 
 import copy
