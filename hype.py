@@ -76,7 +76,6 @@ class Args:
     actor_lr: float = 3e-4  # of the temperature too
     critic_lr: float = 1e-3
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
-    deterministic_ratio: float = 0.5  # share of training episodes that are acted as in evaluations, without noise
     reset_until: int = 10_000  # until then episodes are cut at every 250th step, or robots learn lying on their back
 
 
@@ -367,8 +366,7 @@ def cost_loss(cost: Cost, expert: Batch, learner: Batch, mix: Tensor, args: Args
 
 
 def sac_update(agent: Agent, cost: Cost, batch: Batch, expert: Batch, noise: Tensor, args: Args) -> dict[str, Tensor]:
-    """One gradient step of critics, actor and temperature. Returns metrics.
-    noise [2, batch, act_dim] is standard normal: for the target's and for the actor loss's actions."""
+    """One gradient step of critics, actor and temperature; noise [2, batch, act_dim] is normal. Returns metrics."""
     batch = batch._replace(rewards=cost.reward(batch.obs, batch.actions))  # of the current cost
     q_loss, q = critic_loss(agent, batch, noise[0], args)
     agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
@@ -488,15 +486,13 @@ def train(args: Args) -> list[dict]:
     agent = state.get("agent") or Agent(obs_dim, act_dim, args)
     cost = state.get("cost") or Cost(obs_dim, act_dim, args)
     buffer = state.get("buffer") or ReplayBuffer(1_000_000, obs_dim, act_dim, args.device)
-    # The expert's transitions: their times in a trajectory, and how often the learner was near those
     times = torch.cat([torch.arange(n, device=args.device) for n in np.diff(ends, prepend=0)])[:: args.demo_subsample]
-    visits = state.get("visits", torch.zeros_like(expert.rewards))
+    visits = state.get("visits", torch.zeros_like(expert.rewards))  # of the learner near those times of an episode
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
     update, update_cost = compiled(sac_update, args), compiled(cost_update, args)
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
-    obs, info = env.reset(seed=(env_seed := hash((args.seed, start_step)) % 2**31))
-    t = info.get("demo_step") or 0
+    obs, _ = env.reset(seed=(env_seed := hash((args.seed, start_step)) % 2**31))
     if not np.array_equal(obs, state.get("obs", obs)):
         print(f"{SCRIPT}.py: {args.env_id} keeps state that no reset restores; uninterrupted, the run would differ")
 
@@ -509,19 +505,17 @@ def train(args: Args) -> list[dict]:
             log_row(run_dir, rows, writer)
             policy = dict(actor=agent.ema_actor.state_dict(), sizes=(obs_dim, act_dim, args.hidden_sizes))
             torch.save(policy | dict(script=SCRIPT, env_id=args.env_id), run_dir / "policy.pt")
-            at_90 = [r["env_steps"] for r in rows if r["eval_return_mean"] >= 0.9 * returns.mean()][:1]
-            bar.set_postfix_str(f"return {row['eval_return_mean']:.0f} of {returns.mean():.0f}, first at 90%: {at_90}")
+            bar.set_postfix_str(f"return {row['eval_return_mean']:.0f} of {returns.mean():.0f}")
         if step == args.total_timesteps:
             break
 
-        # Act: at random at first, then as the policy does; the episode's seed decides if with noise
-        quiet = env_seed < args.deterministic_ratio * 2**31
+        # Act: at random at first, then as the policy does; half of the episodes without noise
+        quiet = env_seed < 2**30
         action = agent.actor.act(obs, quiet) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
         next_obs, _, terminated, truncated, _ = env.step(action)
         buffer.add(obs, action, 0.0, next_obs, terminated)  # a time limit is no termination
-        near = ((times - t).abs() < 13).float()
-        visits += near / near.sum().clamp(min=1)
-        obs, t, learner = next_obs, t + 1, buffer.all()
+        obs, learner, t = next_obs, buffer.all(), env.get_wrapper_attr("episode_lengths") - 1
+        visits += F.normalize(((times - t).abs() < 13).float(), p=1, dim=0)
         learning_step = step + 1 - max(args.learning_starts, 1)
 
         if learning_step == 0:
@@ -533,16 +527,14 @@ def train(args: Args) -> list[dict]:
         if learning_step >= 0:
             n_expert = round(args.expert_ratio * args.batch_size)
             for _ in range(args.updates_per_step):
-                expert_batch = sample(expert, n_expert)
-                batch = concat(sample(learner, args.batch_size - n_expert), expert_batch)
+                batch = concat(sample(learner, args.batch_size - n_expert), expert_batch := sample(expert, n_expert))
                 noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
                 metrics |= update(agent, cost, batch, expert_batch, noise, args)
             with torch.no_grad():
                 weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
                 torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
-            # Cost: one step that raises it on the learner's transitions and lowers it on the expert's at the same times
-            # of an episode: as long as episodes are short the learner's are mostly starts, which must not cost
+            # Cost: up on the learner's, down on the expert's transitions of the same times, or starts would cost
             index = torch.multinomial(visits, args.cost_batch_size, replacement=True)
             expert_batch, learner_batch = Batch(*(x[index] for x in expert)), sample(learner, args.cost_batch_size)
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)
@@ -552,14 +544,12 @@ def train(args: Args) -> list[dict]:
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
 
         if terminated or truncated or (step < args.reset_until and (step + 1) % 250 == 0):
-            obs, info = env.reset(seed=(env_seed := hash((args.seed, step + 1)) % 2**31))
-            t = info.get("demo_step") or 0
+            obs, _ = env.reset(seed=(env_seed := hash((args.seed, step + 1)) % 2**31))
             if not all(math.isfinite(value) for name, value in metrics.items() if "losses" in name):
                 raise SystemExit(f"{SCRIPT}.py: a loss is not finite at step {step}: {metrics}")
             if step + 1 - state.get("step", 0) >= args.checkpoint_every:  # between episodes: resuming is exact
-                state = dict(agent=agent, cost=cost, buffer=buffer, visits=visits, rows=rows, metrics=metrics, obs=obs)
-                state |= dict(step=step + 1, wall_time=time.time() - start_time)
-                save_checkpoint(run_dir, state)
+                now = dict(agent=agent, cost=cost, buffer=buffer, visits=visits, rows=rows, metrics=metrics, obs=obs)
+                save_checkpoint(run_dir, state := now | dict(step=step + 1, wall_time=time.time() - start_time))
 
     writer.close()
     return rows

@@ -24,7 +24,7 @@ class DemoStarts(gym.Wrapper):
     """Starts an episode, with some probability, at a random demonstrated state of MuJoCo (FILTER, arXiv 2303.14623).
 
     `path` is a file of evaluate.py --record, whose `states` [n, k], the time first, are those of every fourth step.
-    reset's info says in "demo_step" at which step of its demonstration it starts, None elsewhere; its seed decides.
+    reset's info says in "demo_start" whether the episode started there; its seed decides.
     """
 
     def __init__(self, env: gym.Env, path: str, num_demos: int, prob: float):
@@ -38,14 +38,14 @@ class DemoStarts(gym.Wrapper):
     def reset(self, *, seed: int, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
         rng = np.random.default_rng((seed, 2))  # not the environment's own stream
-        demo_step = None
-        if rng.random() < self.prob:
+        demo_start = bool(rng.random() < self.prob)
+        if demo_start:
             import mujoco
 
             model, data = self.unwrapped.model, self.unwrapped.data
             mujoco.mj_setState(model, data, rng.choice(self.states), mujoco.mjtState.mjSTATE_INTEGRATION)
             mujoco.mj_forward(model, data)  # everything that follows from the state
-            demo_step = round(data.time / self.unwrapped.dt)
-            self.set_wrapper_attr("_elapsed_steps", demo_step, force=False)  # time limit
+            for clock in ("_elapsed_steps", "episode_lengths"):  # time limit; hype.py
+                self.set_wrapper_attr(clock, round(data.time / self.unwrapped.dt), force=False)
             obs = np.float32(self.unwrapped._get_obs()[: len(obs)])
-        return obs, info | dict(demo_step=demo_step)
+        return obs, info | dict(demo_start=demo_start)

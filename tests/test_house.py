@@ -17,7 +17,7 @@ import tyro
 
 from tests.conftest import ROOT
 
-LINES = dict(sac=400, bco_baseline=450, sac_eo=550, hype=570, hyper=730, mbarl=800, sra_offline=850, slbo=700)
+LINES = dict(sac=400, bco_baseline=450, sac_eo=550, hype=560, hyper=730, mbarl=800, sra_offline=850, slbo=700)
 LINES |= dict(slbo_multitask=750, vins=600, hyper_paper=700, offline_baselines=700)
 LINES |= dict(mbarl_offline=400, bc=300, maml=530, evaluate=110)
 FLAGS = 50
