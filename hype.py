@@ -487,7 +487,7 @@ def train(args: Args) -> list[dict]:
     cost = state.get("cost") or Cost(obs_dim, act_dim, args)
     buffer = state.get("buffer") or ReplayBuffer(1_000_000, obs_dim, act_dim, args.device)
     times = torch.cat([torch.arange(n, device=args.device) for n in np.diff(ends, prepend=0)])[:: args.demo_subsample]
-    visits = state.get("visits", torch.zeros_like(expert.rewards))  # of the learner near those times of an episode
+    visits = state.get("visits", torch.full_like(expert.rewards, 1e-6))  # of the learner near those times of an episode
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
     update, update_cost = compiled(sac_update, args), compiled(cost_update, args)

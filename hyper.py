@@ -629,7 +629,7 @@ def train(args: Args) -> list[dict]:
     rollouts = state.get("rollouts") or deque(maxlen=args.rollout_retain)
     imagined = concat(*rollouts) if rollouts else None
     times = torch.cat([torch.arange(n, device=args.device) for n in np.diff(ends, prepend=0)])[:: args.demo_subsample]
-    visits = state.get("visits", torch.zeros_like(expert.rewards))  # of the learner near those times of an episode
+    visits = state.get("visits", torch.full_like(expert.rewards, 1e-6))  # of the learner near those times of an episode
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
     update, update_dynamics, update_cost = (compiled(f, args) for f in (sac_update, dynamics_update, cost_update))

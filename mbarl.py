@@ -710,8 +710,7 @@ def train(args: Args) -> list[dict]:
             log_row(run_dir, rows, writer)
             policy = dict(actor=actor.state_dict(), sizes=(obs_dim, act_dim, args.hidden_sizes))
             torch.save(policy | dict(script=SCRIPT, env_id=args.env_id), run_dir / "policy.pt")
-            at_90 = [r["env_steps"] for r in rows if r["eval_success_rate"] >= 0.9][:1]
-            bar.set_postfix_str(f"success {row['eval_success_rate']:.2f}, first at 90%: {at_90}")
+            bar.set_postfix_str(f"success {row['eval_success_rate']:.2f}")
         if step == args.total_timesteps:
             break
 
