@@ -1,12 +1,12 @@
 """HyPE: hybrid model-free inverse RL (Ren et al., "Hybrid Inverse Reinforcement Learning", arXiv 2402.08848).
 
 Imitation as a game. The cost player learns a cost that is low on expert and high on learner transitions; the policy
-player minimises it with SAC. HyPE's batches are hybrid: half expert, half learner transitions, with rewards from the
-current cost; so SAC sees where to go before it gets there itself. --algo picks one of the family, see ALGOS below.
+player maximises softplus(-cost) with SAC. HyPE's batches are hybrid: half expert, half learner transitions, so SAC sees
+where to go before it gets there itself; the actor's loss has a cloning term, too. --algo picks one of the family.
 
-    python hype.py --env-id Hopper-v4 --run-dir runs/a     # the same command again continues an interrupted run
+    python hype.py --env-id Hopper-v4 --num-demos 1 --run-dir runs/a    # again: continues an interrupted run
 
-Expected from one trajectory: the expert's return on Hopper-v4 after 7,500 steps, Walker2d-v4 45,000. See docs/hype.md
+Expected of this: the expert's return after 7,500 steps, on Walker2d-v4 after 45,000. See docs/hype.md
 """
 
 import copy
@@ -322,7 +322,7 @@ class Cost(nn.Module):
 
     @torch.no_grad()
     def reward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """softplus(-f) [...], what the policy maximises, at obs [..., obs_dim] and actions [..., act_dim]."""
+        """softplus(-f) up to 10, what the policy maximises, [...] at obs [..., obs_dim] and actions [..., act_dim]."""
         inputs = self.normalise(torch.cat([obs, actions], -1))
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             return F.softplus(-self(inputs.flatten(0, -2))).clamp(max=10).view(inputs.shape[:-1])
@@ -534,7 +534,7 @@ def train(args: Args) -> list[dict]:
                 weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
                 torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
-            # Cost: up on the learner's, down on the expert's transitions of the same times, or starts would cost
+            # Cost: up on the learner's, down on the expert's rows of the times at which the learner was, or starts cost
             index = torch.multinomial(visits, args.cost_batch_size, replacement=True)
             expert_batch, learner_batch = Batch(*(x[index] for x in expert)), sample(learner, args.cost_batch_size)
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)

@@ -1,15 +1,15 @@
 """HyPER: hybrid model-based inverse RL (Ren et al., "Hybrid Inverse Reinforcement Learning", arXiv 2402.08848).
 
 Imitation as a game. The cost player learns a cost that is low on expert and high on learner transitions; the policy
-player minimises it with SAC, half of whose batch is imagined. The dynamics ensemble and the rollouts' start states are
-hybrid: half expert, half learner. So the policy only has to compete with the expert and needs few real steps. Here the
-actor's loss has a cloning term, too.
+player maximises softplus(-cost) with SAC in a learned model. The dynamics ensemble and the rollouts' start states are
+hybrid: half expert, half learner. So the policy only has to compete with the expert and needs few real steps. Here
+half of SAC's batch is real, and the actor's loss has a cloning term, too.
 
     python hyper.py --env-id Ant-v4 --bf16                 # --bf16: faster on a CPU with bfloat16 (see lscpu)
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
-Expected with ten demonstrations: the expert's return on Hopper-v4 after 2,000 real steps, Ant-v4 3,000, HalfCheetah-v4
-5,000; a step takes 60 ms on one core. Differences from the authors' code: docs/hyper.md
+Expected with ten demonstrations: the expert's return on Hopper-v4 after 2,000 real steps, Ant-v4 and Walker2d-v4
+3,000; a step takes 60 to 75 ms on one core. Differences from the authors' code: docs/hyper.md
 """
 
 import copy
@@ -382,7 +382,7 @@ class Cost(nn.Module):
 
     @torch.no_grad()
     def reward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """softplus(-f) [...], what the policy maximises, at obs [..., obs_dim] and actions [..., act_dim]."""
+        """softplus(-f) up to 10, what the policy maximises, [...] at obs [..., obs_dim] and actions [..., act_dim]."""
         inputs = self.normalise(torch.cat([obs, actions], -1))
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             return F.softplus(-self(inputs.flatten(0, -2))).clamp(max=10).view(inputs.shape[:-1])
@@ -695,7 +695,7 @@ def train(args: Args) -> list[dict]:
                 weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
                 torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
-            # Cost: up on the learner's, down on the expert's transitions of the same times, or starts would cost
+            # Cost: up on the learner's, down on the expert's rows of the times at which the learner was, or starts cost
             index = torch.multinomial(visits, args.cost_batch_size, replacement=True)
             expert_batch, learner_batch = Batch(*(x[index] for x in expert)), sample(learner, args.cost_batch_size)
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)
