@@ -6,19 +6,17 @@ import json
 import math
 from types import SimpleNamespace
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 import sra_offline as sra
 from envs.maze2d import MAZES, Maze2D, maze_data, maze_file
+from tests.conftest import POINT
 
 UMAZE = "Maze2D-umaze-v0"
 TOLD = sra.OfflineActor(4, 2, (8,))
 TOLD.confidence = lambda obs: obs[:, 0]  # stands in the first column of the state
-# Reaches state + 1 in the first column, and notes the action in the next ones.
-SHIFT = SimpleNamespace(predict=lambda state, actions: torch.cat([state[:, :1] + 1, actions, state[:, 3:]], 1))
 
 
 def small(**settings) -> sra.Args:
@@ -119,37 +117,21 @@ def test_offline_data_are_one_stream_from_goal_to_goal(tmp_path, monkeypatch):
     assert maze_file(UMAZE, "offline", 6_000, seed=0) == path
 
 
-def write_episodes(path, lengths, whole: bool = True) -> str:
-    """Episodes whose states count on, all with reward 1; the first one terminates. The last one may not be whole."""
-    n, episode = sum(lengths), np.repeat(np.arange(len(lengths)), lengths)
-    obs = (np.arange(n) + 100 * episode)[:, None].repeat(4, 1)
-    ends = np.isin(np.arange(n), np.cumsum(lengths)[: None if whole else -1] - 1)
-    data = dict(observations=obs, actions=np.full((n, 2), -1), rewards=np.ones(n), next_observations=obs + 1)
-    np.savez(path, **data, terminations=ends & (episode == 0), truncations=ends & (episode > 0))
-    return str(path)
-
-
-def test_demonstrations_are_chosen_by_the_data_seed_and_rewarded(tmp_path):
-    env = sra.make_env(UMAZE)
-    env.unwrapped.action_space = gym.spaces.Box(np.float32([-4, -1]), np.float32([0, 3]))
-    file = write_episodes(tmp_path / "a.npz", [3, 4, 5, 6])
-    partial = write_episodes(tmp_path / "b.npz", [3, 6], whole=False)
+def test_demonstrations_are_chosen_by_the_data_seed_and_rewarded(demos):
+    env = sra.make_env(POINT)
+    episodes, returns = sra.load_episodes(demos, env, "cpu")
     for seed in (0, 1):
-        args = sra.Args(device="cpu", demos=file, offline_data=(file, partial), num_demos=2, data_seed=seed)
+        args = sra.Args(device="cpu", demos=demos, offline_data=(demos, demos), num_demos=2, data_seed=seed)
         expert, offline, expert_return = sra.load_data(env, args)
-        chosen = np.random.default_rng([seed, 2]).permutation(4)[:2]
-        assert [len(episode.obs) for episode in expert] == (3 + chosen).tolist()
-        assert expert_return == np.mean(3 + chosen)
-        assert all((episode.rewards == 1).all() for episode in expert)
-    assert [len(episode.obs) for episode in offline] == [3, 4, 5, 6, 3]
-    whole = sra.concat(*offline)
-    assert not whole.rewards.any() and whole.terminations.tolist() == [0, 0, 1] + 17 * [0] + [1]
-    assert torch.equal(whole.next_obs, whole.obs + 1)
-    assert torch.allclose(whole.actions, torch.tensor([0.5, -1]), atol=2e-6)  # of the box's [-1, 1]
+        chosen = np.random.default_rng([seed, 2]).permutation(5)[:2]
+        assert expert_return == pytest.approx(returns[chosen].mean())
+        for episode, k in zip(expert, chosen, strict=True):
+            assert torch.equal(episode.obs, episodes[k].obs) and (episode.rewards == 1).all()
+    assert len(offline) == 10 and not sra.concat(*offline).rewards.any()
 
 
 # --------------------------------------------------------------------------------- policy, confidence, resampling
-def test_log_prob_and_confidence_are_those_of_the_transformed_normal():
+def test_densities_are_those_of_the_transformed_normal_and_finite_at_the_bounds():
     actor, obs = standard_agent(small()).actor, torch.randn(50, 4)
     mean, log_std = (x.double() for x in actor(obs))
     normal = torch.distributions.Normal(mean, log_std.exp())
@@ -157,20 +139,12 @@ def test_log_prob_and_confidence_are_those_of_the_transformed_normal():
     found = actor.log_prob(obs, torch.full((50, 2), 0.7)), actor.confidence(obs)
     expected = squashed.log_prob(torch.tensor(0.7).double()), squashed.log_prob(mean.tanh()).sum(-1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, check_dtype=False)
-
-
-def test_bounds_keep_densities_finite_and_evaluate_pys_actor_acts_the_same():
-    agent, actor = standard_agent(small()), sra.Actor(4, 2, (16, 16))
-    with torch.no_grad():
-        agent.actor.net.biases[-1].copy_(torch.tensor([500.0, -500, 90, -90]))
-    obs = torch.zeros(1, 4)
-    mean, log_std = agent.actor(obs)
+    actor.net.biases[-1].data.copy_(torch.tensor([500.0, -500, 90, -90]))
+    mean, log_std = actor(obs[:1])
     assert mean.tolist() == [[9, -9]] and log_std.tolist() == [[2, -5]]
     by_hand = sum(-s - 0.5 * math.log(2 * math.pi) - math.log(1 - math.tanh(9) ** 2) for s in (2, -5))
-    assert agent.actor.confidence(obs).item() == pytest.approx(by_hand, rel=1e-3)
-    assert agent.actor.log_prob(obs, torch.tensor([[1.0, -1.0]])).isfinite().all()
-    actor.load_state_dict(agent.actor.state_dict())
-    np.testing.assert_allclose(actor.act(obs[0], True), agent.actor.act(obs[0], True), atol=1e-6)
+    assert actor.confidence(obs[:1]).item() == pytest.approx(by_hand, rel=1e-3)
+    assert actor.log_prob(obs[:1], torch.tensor([[1.0, -1.0]])).isfinite().all()
 
 
 def test_resampling_is_sequential_sampling_without_replacement():
@@ -201,13 +175,17 @@ def test_goals_are_above_the_quantile_and_capped():
 @pytest.mark.parametrize("algo", ["sra", "forward"])
 @pytest.mark.parametrize("resample", [True, False])
 def test_rollouts_go_on_from_where_they_arrived(algo, resample):
-    """With resampling, random actions and from the unsure half of the starts; otherwise actions of an autoencoder."""
+    """With resampling, random actions and from the unsure half of the starts; otherwise actions of an autoencoder.
+
+    The model reaches state + 1 in the first column, and notes the action in the next ones.
+    """
+    model = SimpleNamespace(predict=lambda state, actions: torch.cat([state[:, :1] + 1, actions, state[:, 3:]], 1))
     starts = torch.zeros(100 if resample else 50, 4)
     starts[:, 3] = torch.rand(len(starts))
     starts[::2, 0] = 100 * resample
     vae = SimpleNamespace(latent_dim=3, sample=lambda state, noise: state[:, 3:] + 0 * noise[:, 1:])
     args = small(algo=algo, resample=resample, rollout_length=3)
-    batch = sra.augment(SHIFT, None if resample else vae, TOLD, starts, args)
+    batch = sra.augment(model, None if resample else vae, TOLD, starts, args)
     near, far = (batch.obs, batch.next_obs) if algo == "forward" else (batch.next_obs, batch.obs)
     assert len(near) == 150 and not batch.rewards.any() and not batch.terminations.any()
     assert torch.equal(far[:, 0], near[:, 0] + 1) and torch.equal(far[:, 0], torch.arange(1, 4).repeat_interleave(50))
@@ -216,24 +194,22 @@ def test_rollouts_go_on_from_where_they_arrived(algo, resample):
         assert batch.actions.abs().max() <= 1 and batch.actions.std() > 0.4
     else:
         assert torch.equal(batch.actions, near[:, [3, 3]])
-    before = starts
-    for now, reached in zip(near.split(50), far.split(50), strict=True):  # from a state that the step before kept
+    for now, before in zip(near.split(50), (starts, *far.split(50)), strict=False):  # what the step before kept
         assert {tuple(row) for row in now.tolist()} <= {tuple(row) for row in before.tolist()}
         assert resample or torch.equal(now, before)
-        before = reached
 
 
-SHARES = [  # newest and older rounds, ratio, n; how many of D_S (0), of the newest (1), of older ones (2)
-    ([1], [2], 0.7, 256, [77, 54, 125]),
-    ([1], [], 0.7, 256, [77, 179, 0]),  # the first round gets all
-    ([], [], 0.7, 256, [256, 0, 0]),  # UDS
-    ([], [2], 0.7, 256, [131, 0, 125]),  # no new goals
-    ([1], [2], 0.0, 256, [256, 0, 0]),
-    ([1], [2], 0.1, 1_000, [900, 30, 70]),
-]
-
-
-@pytest.mark.parametrize("newest,older,ratio,n,expected", SHARES)
+@pytest.mark.parametrize(
+    "newest,older,ratio,n,expected",  # how many of D_S, of the newest round, of older ones
+    [
+        ([1], [2], 0.7, 256, [77, 54, 125]),
+        ([1], [], 0.7, 256, [77, 179, 0]),  # the first round gets all
+        ([], [], 0.7, 256, [256, 0, 0]),  # UDS
+        ([], [2], 0.7, 256, [131, 0, 125]),  # no new goals
+        ([1], [2], 0.0, 256, [256, 0, 0]),
+        ([1], [2], 0.1, 1_000, [900, 30, 70]),
+    ],
+)
 def test_mixtures_have_their_shares(newest, older, ratio, n, expected):
     mixed = sra.mixture(numbered([0]), numbered(newest), numbered(older), ratio, 0.3, n)
     assert torch.bincount(mixed.rewards.long(), minlength=3).tolist() == expected
@@ -246,9 +222,8 @@ def test_model_learns_the_closed_form(algo):
     torch.manual_seed(0)
     next_obs = torch.cat([3 * torch.rand(6_000, 2), 2 * torch.randn(6_000, 2)], 1)
     actions, zeros = torch.rand(6_000, 2) * 2 - 1, torch.zeros(6_000)
-    data = sra.Batch(
-        torch.from_numpy(exact_reverse(next_obs.numpy(), actions.numpy())), actions, zeros, next_obs, zeros
-    )
+    obs = torch.from_numpy(exact_reverse(next_obs.numpy(), actions.numpy()))
+    data = sra.Batch(obs, actions, zeros, next_obs, zeros)
     args = sra.Args(device="cpu", algo=algo, model_hidden_sizes=(64, 64), batch_size=128, model_batches=400)
     model = sra.DeltaEnsemble(4, 2, args)
     sra.standardise(model, data.obs)
@@ -304,20 +279,6 @@ def test_cvae_loss_and_samples():
 
 
 # ---------------------------------------------------------------------------------------------------- learners
-def updated(learner: str, actor_step: bool = True) -> SimpleNamespace:
-    """An update: the agent before and after it, what it saw, and its gradients by the network's name."""
-    args = small(learner=learner, tau=0.03, rl_coef=2.0, temperature=1000.0, num_critics=5, weight_decay=1e-9)
-    agent, expert, other, noise = standard_agent(args), transitions(8, 1), transitions(6, 2), torch.randn(2, 14, 2)
-    agent.actor_lr.fill_(2e-3)  # learning rates change in the course of a run
-    agent.critic_lr.fill_(1e-2)
-    grads = {name: record(getattr(agent, f"{name}_optimizer")) for name in ("value", "critic", "actor", "alpha")}
-    case = SimpleNamespace(agent=agent, noise=noise, grads=grads, before=copy.deepcopy(agent))
-    case.metrics = sra.UPDATES[learner](agent, expert, other, noise, actor_step, args)
-    case.batch = sra.concat(expert, other)
-    case.log_prob = case.before.actor.log_prob(case.batch.obs, case.batch.actions).sum(-1)
-    return case
-
-
 def assert_follows(target, before, source, tau: float) -> None:
     for now, old, new in zip(target.parameters(), before.parameters(), source.parameters(), strict=True):
         torch.testing.assert_close(now, old + tau * (new - old))
@@ -329,69 +290,69 @@ def assert_moved(network, before, lr: float) -> None:
     assert step == pytest.approx(lr, rel=1e-2)
 
 
+@pytest.mark.parametrize("actor_step", [True, False])
 @pytest.mark.parametrize("learner", ["iql", "awac", "td3bc", "sac-n"])
-def test_critics_step_by_hand(learner):
-    case, waits = updated(learner, actor_step=False), learner in ("td3bc", "sac-n")
-    batch, before = case.batch, case.before
+def test_an_update_by_hand(learner, actor_step):
+    args = small(learner=learner, tau=0.03, rl_coef=2.0, temperature=1000.0, num_critics=5, weight_decay=1e-9)
+    agent, expert, other, noise = standard_agent(args), transitions(8, 1), transitions(6, 2), torch.randn(2, 14, 2)
+    agent.actor_lr.fill_(2e-3)  # learning rates change in the course of a run
+    agent.critic_lr.fill_(1e-2)
+    grads = {name: record(getattr(agent, f"{name}_optimizer")) for name in ("value", "critic", "actor", "alpha")}
+    before = copy.deepcopy(agent)
+    metrics = sra.UPDATES[learner](agent, expert, other, noise, actor_step, args)
+    obs, actions, rewards, next_obs, terminations = sra.concat(expert, other)
+
     policy = before.target_actor if learner == "td3bc" else before.actor
-    actions, log_prob = policy.sample(batch.next_obs, case.noise[0])
-    next_values = before.target_critic(batch.next_obs, actions).min(0).values
-    next_values = {"iql": before.value(batch.next_obs)[0], "sac-n": next_values - log_prob}.get(learner, next_values)
-    target = (batch.rewards + 0.99 * (1 - batch.terminations) * next_values).detach()
-    q = before.critic(batch.obs, batch.actions)
+    next_actions, next_log_prob = policy.sample(next_obs, noise[0])
+    next_values = before.target_critic(next_obs, next_actions).min(0).values
+    next_values = {"iql": before.value(next_obs)[0], "sac-n": next_values - next_log_prob}.get(learner, next_values)
+    target = (rewards + 0.99 * (1 - terminations) * next_values).detach()
+    q = before.critic(obs, actions)
     loss = sum((one - target).square().mean() for one in q)
-    assert case.metrics["losses/critic"].item() == pytest.approx(loss.item(), rel=1e-5)
-    assert_gradients(case.grads["critic"], loss * (0.5 if learner == "iql" else 1), before.critic)
-    assert_follows(case.agent.target_critic, before.target_critic, case.agent.critic, 0 if learner == "td3bc" else 0.03)
-    assert_moved(case.agent.critic, before.critic, 1e-2)
-    assert case.agent.critic_optimizer.weight_decay == (0 if waits else 1e-9)
-    assert len(case.grads["actor"]) == (not waits)
+    assert metrics["losses/critic"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert_gradients(grads["critic"], loss * (0.5 if learner == "iql" else 1), before.critic)
+    assert agent.critic_optimizer.weight_decay == (1e-9 if learner in ("iql", "awac") else 0)
     if learner == "sac-n":  # as in EDAC
         assert len(q) == 5 and all((bias == 0.1).all() for bias in before.critic.net.biases[:-1])
         assert before.critic.net.weights[-1].abs().max() <= 0.003
 
+    waits = learner in ("td3bc", "sac-n") and not actor_step
+    assert_moved(agent.critic, before.critic, 1e-2)
+    assert_follows(agent.target_critic, before.target_critic, agent.critic, 0 if waits and learner == "td3bc" else 0.03)
+    tau = 0.03 if learner == "td3bc" and actor_step else 0
+    assert_follows(agent.target_actor, before.target_actor, agent.actor, tau)
+    if waits:
+        assert not grads["actor"]
+        return
+    assert_moved(agent.actor, before.actor, 2e-3)
 
-@pytest.mark.parametrize("learner", ["iql", "awac"])
-def test_actors_that_clone_by_advantage(learner):
-    case = updated(learner)
-    obs, actions, before = case.batch.obs, case.batch.actions, case.before
+    log_prob, q_of = before.actor.log_prob(obs, actions).sum(-1), lambda a: agent.critic(obs, a).min(0).values
+    cloning = -log_prob[:8]
     if learner == "iql":
         advantages = before.target_critic(obs, actions).min(0).values.detach() - before.value(obs)[0]
         loss = ((0.7 - (advantages < 0).float()).abs() * advantages**2).mean()
-        assert_gradients(case.grads["value"], loss, before.value)
-    else:
-        both = actions, before.actor.sample(obs, case.noise[1])[0]
-        q, v = (case.agent.critic(obs, actions).min(0).values for actions in both)
-        advantages = q - v
-    weights = (1000 * advantages.detach()).exp().clamp(max=100)
-    assert weights.max() == 100 and weights.min() < 1  # the cap is at work
-    assert case.metrics["losses/weight"].item() == pytest.approx(weights.mean().item(), rel=1e-3)
-    loss = -case.log_prob[:8].mean() - 2 * (weights * case.log_prob).mean()
-    assert_gradients(case.grads["actor"], loss, before.actor)
-    assert_moved(case.agent.actor, before.actor, 2e-3)
-
-
-@pytest.mark.parametrize("learner", ["td3bc", "sac-n"])
-def test_actors_with_a_scale_free_value(learner):
-    case = updated(learner)
-    obs, agent, before = case.batch.obs, case.agent, case.before
-    if learner == "td3bc":
+        assert_gradients(grads["value"], loss, before.value)
+    elif learner == "awac":
+        advantages = q_of(actions) - q_of(before.actor.sample(obs, noise[1])[0])
+    elif learner == "td3bc":
         q, entropy = agent.critic(obs, before.actor(obs)[0].tanh())[0], 0
-        assert_follows(agent.target_actor, before.target_actor, agent.actor, 0.03)
-        assert_follows(agent.target_critic, before.target_critic, agent.critic, 0.03)
     else:
-        actions, log_prob = before.actor.sample(obs, case.noise[1])
-        q, entropy = agent.critic(obs, actions).min(0).values, -log_prob.mean()
-        torch.testing.assert_close(case.grads["alpha"][0][0], entropy.detach() + 2)  # falls above an entropy of -|a|
-    cloning = -case.log_prob[:8]
-    loss = cloning.mean() - entropy - 2 * (cloning.abs().mean() / q.abs().mean()).item() * q.mean()
-    assert_gradients(case.grads["actor"], loss, before.actor)
-    assert_moved(case.agent.actor, before.actor, 2e-3)
+        drawn, log_prob = before.actor.sample(obs, noise[1])
+        q, entropy = q_of(drawn), -log_prob.mean()
+        torch.testing.assert_close(grads["alpha"][0][0], entropy.detach() + 2)  # falls above an entropy of -|a|
+    if learner in ("iql", "awac"):
+        weights = (1000 * advantages.detach()).exp().clamp(max=100)
+        assert weights.max() == 100 and weights.min() < 1  # the cap is at work
+        assert metrics["losses/weight"].item() == pytest.approx(weights.mean().item(), rel=1e-3)
+        loss = cloning.mean() - 2 * (weights * log_prob).mean()
+    else:
+        loss = cloning.mean() - entropy - 2 * (cloning.abs().mean() / q.abs().mean()).item() * q.mean()
+    assert_gradients(grads["actor"], loss, before.actor)
 
 
-def test_bf16_networks_are_seen_as_an_update_left_them(tmp_path, monkeypatch):
+def test_bf16_networks_are_seen_as_an_update_left_them(demos, tmp_path, monkeypatch):
     """autocast, as train sets it, does not keep old weights: updates evaluate a network that they have just changed."""
-    seen, file = [], write_episodes(tmp_path / "a.npz", [30])
+    seen = []
 
     def update(agent, expert, *_):
         q = agent.critic(expert.obs, expert.actions)
@@ -402,6 +363,6 @@ def test_bf16_networks_are_seen_as_an_update_left_them(tmp_path, monkeypatch):
         return {}
 
     monkeypatch.setitem(sra.UPDATES, "iql", update)
-    data = dict(demos=file, offline_data=(file,), num_demos=1)
-    sra.train(small(algo="uds", bf16=True, run_dir=str(tmp_path / "run"), eval_episodes=1, total_timesteps=2, **data))
+    data = dict(env_id=POINT, demos=demos, offline_data=(demos,), run_dir=str(tmp_path / "run"))
+    sra.train(small(algo="uds", bf16=True, eval_episodes=1, total_timesteps=2, **data))
     assert seen == [True, True]
