@@ -6,7 +6,7 @@ where to go before it gets there itself; the actor's loss has a cloning term, to
 
     python hype.py --env-id Hopper-v4 --num-demos 1 --run-dir runs/a    # again: continues an interrupted run
 
-Expected of this: the expert's return after 7,500 steps, on Walker2d-v4 after 45,000. See docs/hype.md
+Expected of this: 95% of the expert's return after 7,500 steps, on Walker2d-v4 after 45,000. See docs/hype.md
 """
 
 import copy
