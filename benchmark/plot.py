@@ -23,16 +23,21 @@ COMPARED = {
     "hype": "hyper/default hype/hype hype/hype-filter hype/filter hype/bc-reg hype/gail hype/mm hype/bc",
     "one": "hyper/one hype/one hype/one-gail bc/one",
     "fifty": "hyper/fifty hype/fifty hype/fifty-gail bc/fifty",
+    "ablations": "hyper/fifty hyper/fifty-learner's-model hyper/fifty-no-expert-starts hyper/fifty-neither"
+    " hyper/fifty-no-imagined-rows hyper/fifty-no-expert-rows hyper/fifty-no-cloning"
+    " hype/fifty hype/fifty-10-updates hype/fifty-mm",
     "sac_eo": "sac_eo/default sac_eo/sac bco_baseline/forward hyper/default hype/hype hype/bc",
 }
 NAMES = {"hyper/default": "HyPER", "hype/hype": "HyPE", "hype/hype-filter": "HyPE + FILTER", "hype/bc-reg": "BC-Reg"}
 NAMES |= {"hyper/": "HyPER", "hype/": "HyPE", "bc/": "BC"}  # of a protocol
-NAMES |= {"sac_eo/default": "SAC-EO", "bco_baseline/forward": "BCO"}
-PROTOCOLS = "one", "fifty"  # one demonstrated trajectory; every twentieth row of one
+NAMES |= {"sac_eo/default": "SAC-EO", "sac_eo/sac": "SAC", "bco_baseline/forward": "BCO"}
+NAMES |= {f"hype/{variant}": variant.upper() for variant in ("gail", "mm", "filter", "bc")}
+# Pages with one demonstrated trajectory or every twentieth row of one, and the script that they belong to.
+PROTOCOLS = {"one": "hype", "fifty": "hype", "ablations": "hyper"}
 # Variants with a line in the picture; the others stand in the table alone. Scripts that are not named draw all.
 DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="", maml="")
 DRAWN |= dict(vins="rl-from-vins rl-from-random", slbo="default mb-trpo mf-trpo mse sac", bc="")
-DRAWN["hyper"] = "default edition-1"
+DRAWN["hyper"] = "default one fifty"
 LEVELS = {"sac_eo": (0.5, 0.8, 0.9), "bco_baseline": (0.5, 0.8, 0.9), "mbarl": (0.5, 0.9, 1.0)}
 MEASURES = dict(mbarl="success_rate", vins="success_rate")
 MEASURES |= dict.fromkeys(("sra_offline", "offline_baselines"), "normalized_score")
@@ -82,14 +87,15 @@ def stretches(paths: list[Path]) -> list[list[Path]]:
 
 def methods(page: str) -> dict[str, dict[str, list[Path]]]:
     """For each environment of a page's script: name -> files, of the methods of COMPARED or of the variants drawn."""
-    own, found = results("hype" if page in PROTOCOLS else page), {}
+    own, found = results(PROTOCOLS.get(page, page)), {}
     drawn = [variant for _, variant in own if variant in DRAWN.get(page, variant).split()]
     for method in COMPARED[page].split() if page in COMPARED else [f"{page}/{variant}" for variant in sorted(drawn)]:
         script, variant = method.split("/")
         for (env_id, of), paths in results(script).items():
             if of == variant and any(env_id == own_id for own_id, _ in own):
                 plain = re.sub("/(one|fifty)-?", "/", method)
-                name = NAMES.get(plain, plain.split("/")[1].upper()) if page in COMPARED else variant
+                long = plain.replace("hyper/", "HyPER, ").replace("-", " ").replace("hype/", "HyPE, ")
+                name = NAMES.get(plain, long) if page in COMPARED else variant
                 found.setdefault(env_id, {})[name] = paths
     return {env_id: there for env_id, there in sorted(found.items()) if len(there) > 1 or page not in COMPARED}
 
@@ -157,7 +163,7 @@ def score_table(script: str) -> str:
 
 def comparison_table(page: str) -> str:
     """Methods after the fewest steps that one of the page's own script took; those that took fewer tell theirs."""
-    columns, script = {}, "hype" if page in PROTOCOLS else page
+    columns, script = {}, PROTOCOLS.get(page, page)
     for env_id, there in methods(page).items():
         runs = {name: curve(paths) for name, paths in there.items()}
         ends = [run.steps[-1] for name, run in runs.items() if there[name][0].parts[-4] == script and not run.offline]
@@ -173,6 +179,19 @@ def comparison_table(page: str) -> str:
     names = dict.fromkeys(name for cells in columns.values() for name in cells)
     head = "mean of the last ten evaluations, of all, of the expert's return (first at 90%, each seed)"
     return markdown([head, *columns], [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names])
+
+
+def early_table(page: str) -> str:
+    """Each seed's mean over the steps that all methods took."""
+    columns = {}
+    for env_id, there in methods(page).items():
+        runs = {name: run for name, paths in there.items() if not (run := curve(paths)).offline}
+        steps = np.linspace(0, min(run.steps[-1] for run in runs.values()), 101)
+        means = {name: [np.interp(steps, run.steps, seed).mean() for seed in run.values] for name, run in runs.items()}
+        columns[f"{env_id}, {steps[-1]:,.0f} steps"] = {name: each(seeds) for name, seeds in means.items()}
+    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    rows = [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names]
+    return markdown(["mean over the steps, of the expert's return, each seed", *columns], rows)
 
 
 def effect_table(script: str) -> str:
@@ -240,6 +259,7 @@ def picture(file: str, panels: dict[str, dict[str, list[Path]]], unit: str) -> N
 
 
 TABLES = dict(results=result_table, comparison=comparison_table, effects=effect_table, held_out=held_out_table)
+TABLES["early"] = early_table
 TABLES["speed"] = speed.table
 
 
@@ -249,7 +269,7 @@ def main() -> None:
         page.write_text(mark.sub(lambda m: f"{m[1]}{TABLES[m[2]](m[3])}\n{m[4]}", page.read_text()))
     for script in (path.name for path in (ROOT / "benchmark" / "results").iterdir() if methods(path.name)):
         picture(script, methods(script), MEASURES.get(script, "return").replace("_", " "))
-    panels = {e: {n: methods("hype")[e][n] for n in ("HyPER", "HyPE", "GAIL", "BC")} for e in ("Hopper-v4", "Ant-v4")}
+    panels = {env_id: there for env_id, there in methods("one").items() if env_id in ("Hopper-v4", "Walker2d-v4")}
     picture("hyper_hype", panels, "return")
 
 
