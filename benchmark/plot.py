@@ -182,16 +182,18 @@ def comparison_table(page: str) -> str:
 
 
 def early_table(page: str) -> str:
-    """Each seed's mean over the steps that all methods took."""
+    """After the steps that all methods took: the mean over steps and seeds, and at the end each seed; cloning alone."""
     columns = {}
     for env_id, there in methods(page).items():
-        runs = {name: run for name, paths in there.items() if not (run := curve(paths)).offline}
-        steps = np.linspace(0, min(run.steps[-1] for run in runs.values()), 101)
-        means = {name: [np.interp(steps, run.steps, seed).mean() for seed in run.values] for name, run in runs.items()}
-        columns[f"{env_id}, {steps[-1]:,.0f} steps"] = {name: each(seeds) for name, seeds in means.items()}
+        runs = {name: curve(paths) for name, paths in there.items()}
+        steps = np.linspace(0, min(run.steps[-1] for run in runs.values() if not run.offline), 101)
+        cells = columns[f"{env_id}, {steps[-1]:,.0f} steps"] = {}
+        for name, run in runs.items():
+            values = np.array([np.interp(steps, run.steps, seed) for seed in run.values])
+            cells[name] = each(last(run)) if run.offline else f"{values.mean():.0%}, then {each(values[:, -1])}"
     names = dict.fromkeys(name for cells in columns.values() for name in cells)
     rows = [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names]
-    return markdown(["mean over the steps, of the expert's return, each seed", *columns], rows)
+    return markdown(["mean over the steps, then each seed at the end, of the expert's return", *columns], rows)
 
 
 def effect_table(script: str) -> str:

@@ -95,12 +95,18 @@ def test_methods_side_by_side_after_the_fewest_steps(curves, page, names):
 def test_methods_over_the_steps_that_all_took(curves):
     curves("hyper/fifty/Toy-v0/seed1", [0, 100, 100])  # at 100 from step 20 on
     curves("hyper/fifty-no-imagined-rows/Toy-v0/seed1", [20, 20, 20, 90])
-    curves("hype/fifty-mm/Toy-v0/seed1", [50, 50, 50, 50])
-    curves("bc/fifty/Toy-v0/seed1", [7], offline=True)
+    curves("hype/fifty-mm/Toy-v0/seed1", [45, 45, 45, 45])
     table = plot.early_table("ablations")
     assert "Toy-v0, 30 steps" in table
     # from 0 to 10 the first evaluation, to 20 the line between both, then 100: (0 + 50 + 100) / 3, on 101 steps 50.05
-    assert cells(table) == [["HyPER", "50%"], ["HyPER, no imagined rows", "20%"], ["MM", "50%"]]
+    assert cells(table) == [
+        ["HyPER", "50%, then 100%"],
+        ["HyPER, no imagined rows", "20%, then 20%"],
+        ["MM", "45%, then 45%"],
+    ]
+    curves("bc/fifty/Toy-v0/seed1", [7, 9], offline=True)
+    curves("hype/fifty/Toy-v0/seed1", [60])
+    assert ["BC", "9%"] in cells(plot.early_table("fifty"))
 
 
 def test_launcher_keeps_a_longer_curve(curves, tmp_path):
