@@ -43,7 +43,10 @@ def simulator_state(env: gym.Env) -> np.ndarray:
 
 def main(args: Args) -> None:
     """Prints the mean and standard deviation of the returns."""
-    policy = torch.load(args.policy / "policy.pt" if args.policy.is_dir() else args.policy, weights_only=True)
+    file = args.policy / "policy.pt" if args.policy.is_dir() else args.policy
+    if not file.exists():
+        raise SystemExit(f"evaluate.py: there is no {file}")
+    policy = torch.load(file, weights_only=True)
     script = importlib.import_module(policy["script"])
     env = script.make_env(policy["env_id"], "rgb_array" if args.video else None)
     if args.p_tremble:

@@ -49,7 +49,7 @@ class Args:
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
-    checkpoint_every: int = 5_000  # steps; a checkpoint is written at the end of an episode
+    checkpoint_every: int = 1_000  # steps; a checkpoint is written at the end of an episode
     eval_every: int = 1_000
     eval_episodes: int = 5
 
@@ -670,6 +670,7 @@ def train(args: Args) -> list[dict]:
             sources = [learner, expert] if args.model_data == "hybrid" else [learner]
             weights = torch.cat([torch.full_like(data.rewards, 1 / len(data.obs)) for data in sources])
             max_batches = args.model_batches if rollouts else args.model_first_batches
+            bar.set_postfix_str(f"model fit on {len(weights)}")
             hold_out = fit_dynamics(dynamics, update_dynamics, concat(*sources), weights, max_batches, args)
             n = args.rollouts_per_step * args.model_every
             from_expert = torch.rand(n, 1, device=args.device) < args.expert_start_prob

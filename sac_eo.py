@@ -46,7 +46,7 @@ class Args:
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
-    checkpoint_every: int = 50_000  # steps; a checkpoint is written at the end of an episode
+    checkpoint_every: int = 10_000  # steps; a checkpoint is written at the end of an episode
     eval_every: int = 5_000
     eval_episodes: int = 5
 

@@ -85,6 +85,8 @@ def test_episodes_of_low_return_can_be_left_out(tmp_path):
     with pytest.raises(SystemExit, match=r"only 0 of 20 episodes were good enough"):
         record(folder, tmp_path / "none.npz", 1, min_return=1e6)
     assert not (tmp_path / "none.npz").exists()
+    with pytest.raises(SystemExit, match=r"there is no .*runz"):
+        record(tmp_path / "runz", tmp_path / "none.npz", 1)
 
 
 def test_recorded_states_put_the_simulator_back_to_the_last_bit(tmp_path):
