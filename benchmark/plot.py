@@ -97,7 +97,7 @@ def methods(page: str) -> dict[str, dict[str, list[Path]]]:
                 long = plain.replace("hyper/", "HyPER, ").replace("-", " ").replace("hype/", "HyPE, ")
                 name = NAMES.get(plain, long) if page in COMPARED else variant
                 found.setdefault(env_id, {})[name] = paths
-    return {env_id: there for env_id, there in sorted(found.items()) if len(there) > 1 or page not in COMPARED}
+    return {env_id: there for env_id, there in sorted(found.items()) if len(there) > 1 + (page == "ablations") or page not in COMPARED}
 
 
 # ---------------------------------------------------------------------------------------------------- tables
