@@ -23,7 +23,7 @@ COMPARED = {
     "hype": "hyper/default hype/hype hype/hype-filter hype/filter hype/bc-reg hype/gail hype/mm hype/bc",
     "one": "hyper/one hype/one hype/one-gail bc/one",
     "fifty": "hyper/fifty hype/fifty hype/fifty-gail bc/fifty",
-    "ablations": "hyper/fifty hyper/fifty-learner's-model hyper/fifty-no-expert-starts hyper/fifty-neither"
+    "ablations": "hyper/fifty hyper/fifty-learner-model hyper/fifty-no-expert-starts hyper/fifty-neither"
     " hyper/fifty-no-imagined-rows hyper/fifty-no-expert-rows hyper/fifty-no-cloning"
     " hype/fifty hype/fifty-10-updates hype/fifty-mm",
     "sac_eo": "sac_eo/default sac_eo/sac bco_baseline/forward hyper/default hype/hype hype/bc",
