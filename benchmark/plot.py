@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # Methods side by side in a page's comparison and picture, and their names where those are not the variant's.
 COMPARED = {
     "hype": "hyper/default hype/hype hype/hype-filter hype/filter hype/bc-reg hype/gail hype/mm hype/bc",
-    "one": "hyper/one hype/one hype/one-gail bc/one",
+    "one": "hyper/one hyper/one-no-imagined-rows hype/one hype/one-gail bc/one",
     "fifty": "hyper/fifty hype/fifty hype/fifty-gail bc/fifty",
     "ablations": "hyper/fifty hyper/fifty-learner-model hyper/fifty-no-expert-starts hyper/fifty-neither"
     " hyper/fifty-no-imagined-rows hyper/fifty-no-expert-rows hyper/fifty-no-cloning"
@@ -176,9 +176,9 @@ def comparison_table(page: str) -> str:
             run = run._replace(steps=run.steps[until], values=run.values[:, until])
             fewer = f" after {run.steps[-1]:,}" if run.steps[-1] < min(ends) else ""
             detail = f", all {run.values.mean():.0%}{fewer} ({first_at(0.9, run)})"
-            if (script, name) != ("hype", "HyPER"):
+            if script != "hype" or "HyPER" not in name:
                 cells[name] = f"{last(run).mean():.0%}" + detail * (not run.offline)
-    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    names = dict.fromkeys(name for cells in sorted(columns.values(), key=len, reverse=True) for name in cells)
     head = "mean of the last ten evaluations, of all, of the expert's return (first at 90%, each seed)"
     return markdown([head, *columns], [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names])
 
@@ -193,7 +193,7 @@ def early_table(page: str) -> str:
         for name, run in runs.items():
             values = np.array([np.interp(steps, run.steps, seed) for seed in run.values])
             cells[name] = each(last(run)) if run.offline else f"{values.mean():.0%}, then {each(values[:, -1])}"
-    names = dict.fromkeys(name for cells in columns.values() for name in cells)
+    names = dict.fromkeys(name for cells in sorted(columns.values(), key=len, reverse=True) for name in cells)
     rows = [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names]
     return markdown(["mean over the steps, then each seed at the end, of the expert's return", *columns], rows)
 
@@ -273,7 +273,7 @@ def main() -> None:
         page.write_text(mark.sub(lambda m: f"{m[1]}{TABLES[m[2]](m[3])}\n{m[4]}", page.read_text()))
     for script in (path.name for path in (ROOT / "benchmark" / "results").iterdir() if methods(path.name)):
         picture(script, methods(script), MEASURES.get(script, "return").replace("_", " "))
-    panels = {env_id: there for env_id, there in methods("one").items() if env_id in ("Hopper-v4", "Walker2d-v4")}
+    panels = {env_id: methods("one")[env_id] for env_id in ("Hopper-v4", "Walker2d-v4")}
     picture("hyper_hype", panels, "return")
 
 
