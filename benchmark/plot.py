@@ -97,7 +97,8 @@ def methods(page: str) -> dict[str, dict[str, list[Path]]]:
                 long = plain.replace("hyper/", "HyPER, ").replace("-", " ").replace("hype/", "HyPE, ")
                 name = NAMES.get(plain, long) if page in COMPARED else variant
                 found.setdefault(env_id, {})[name] = paths
-    return {env_id: there for env_id, there in sorted(found.items()) if len(there) > 1 + (page == "ablations") or page not in COMPARED}
+    least = 0 if page not in COMPARED else 3 if page == "ablations" else 2
+    return {env_id: there for env_id, there in sorted(found.items()) if len(there) >= least}
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -273,7 +274,9 @@ def main() -> None:
         page.write_text(mark.sub(lambda m: f"{m[1]}{TABLES[m[2]](m[3])}\n{m[4]}", page.read_text()))
     for script in (path.name for path in (ROOT / "benchmark" / "results").iterdir() if methods(path.name)):
         picture(script, methods(script), MEASURES.get(script, "return").replace("_", " "))
-    panels = {env_id: methods("one")[env_id] for env_id in ("Hopper-v4", "Walker2d-v4")}
+    panels = {
+        e: {n: methods("one")[e][n] for n in ("HyPER", "HyPE", "GAIL", "BC")} for e in ("Hopper-v4", "Walker2d-v4")
+    }
     picture("hyper_hype", panels, "return")
 
 
