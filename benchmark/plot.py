@@ -196,7 +196,7 @@ def early_table(page: str) -> str:
             cells[name] = each(last(run)) if run.offline else f"{values.mean():.0%}, then {each(values[:, -1])}"
     names = dict.fromkeys(name for cells in sorted(columns.values(), key=len, reverse=True) for name in cells)
     rows = [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names]
-    return markdown(["mean over the steps, then each seed at the end, of the expert's return", *columns], rows)
+    return markdown(["of the expert's return: mean over the steps, then each seed's last (BC: last)", *columns], rows)
 
 
 def effect_table(script: str) -> str:
