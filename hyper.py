@@ -9,7 +9,7 @@ half of SAC's batch is real, and the actor's loss has a cloning term, too.
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
 Expected with ten demonstrations: the expert's return on Hopper-v4 after 2,000 real steps, Ant-v4 and Walker2d-v4
-3,000; a step takes 60 to 75 ms on one core. Differences from the authors' code: docs/hyper.md
+3,000; a step takes 50 to 75 ms on one core. Differences from the authors' code: docs/hyper.md
 """
 
 import copy

@@ -46,7 +46,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 80_000
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then less than twice as fast
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 4_000  # steps; a checkpoint is written at the end of a stage
@@ -634,7 +634,7 @@ def train(args: Args) -> list[dict]:
             seed, greedy = args.seed * 1_000_000 + step, partial(actor.act, deterministic=True)
             row = dict(env_steps=step, wall_time_s=round(time.time() - start_time, 1))
             row |= evaluate(actor, eval_env, args.eval_episodes, seed)
-            if model_based:  # how far V^{pi,M} is from V^{pi,M*} from the same starts, and the bound on it
+            if model_based:  # how far V^{pi,M} is from V^{pi,M*}, in these episodes once more, and the bound on it
                 steps, times = real_episodes(greedy, eval_env, args.eval_episodes, seed, args.device)
                 starts, limit = steps.obs[times == 0], env.spec.max_episode_steps
                 virtual = virtual_value(actor, dynamics, task, starts, limit, args.gamma)

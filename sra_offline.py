@@ -829,7 +829,7 @@ def train(args: Args) -> list[dict]:
         batch = sample(expert, args.batch_size)
         other = mixture(offline, newest, older, args.imagined_ratio, args.new_ratio, args.batch_size)
         noise = torch.randn(2, 2 * args.batch_size, act_dim, device=args.device)
-        with autocast:
+        with autocast:  # two graphs, since a graph has no branches: the actor learns at every second step
             metrics |= updates[step % 2](agent, batch, other, noise, step % 2 == 1, args)
 
         save = (step + 1) % args.checkpoint_every == 0

@@ -6,7 +6,7 @@ from perturbed states beside them ("negative samples") to fall with the distance
 demonstrations, and also towards the goal. The policy tries random actions around a cloned one, predicts where a learned
 model takes each, and does the one whose next state has the highest value: small errors are corrected, not compounded.
 
-    python vins.py --env-id FetchPickAndPlace-v4                  # 100 demonstrations, five minutes of one core
+    python vins.py --env-id FetchPickAndPlace-v4                  # 100 demonstrations, three minutes of one core
     python vins.py --env-id FetchPickAndPlace-v4 --algo bc        # the cloned policy alone; also vins-no-ns, ...
     python vins.py --env-id FetchReach-v4 --num-demos 10 --run-dir runs/a    # again: continues an interrupted run
     python vins.py --env-id FetchPush-v4 --rl-after 20_000 --total-timesteps 40_000    # VINS+RL
@@ -313,27 +313,6 @@ def simulate(env: gym.Env, actions: Tensor) -> Tensor:
     return torch.as_tensor(np.array(outcomes, np.float32), device=actions.device)
 
 
-class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
-
-    def __init__(self, params, lr: float, weight_decay: float = 0.0):
-        self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
-        self.mean, self.square = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
-        self.t = torch.zeros((), device=self.params[0].device)
-        self.scale = torch.zeros_like(self.t)
-
-    @torch.no_grad()
-    def step(self, grads) -> None:
-        if self.weight_decay:
-            grads = torch._foreach_add(grads, self.params, alpha=self.weight_decay)
-        self.t += 1
-        torch._foreach_lerp_(self.mean, grads, 0.1)
-        torch._foreach_lerp_(self.square, torch._foreach_mul(grads, grads), 0.001)
-        self.scale.copy_(self.lr * (1 - 0.999**self.t).sqrt() / (1 - 0.9**self.t))  # kept, or the compiler repeats it
-        root = torch._foreach_add(torch._foreach_sqrt(self.square), 1e-8)
-        torch._foreach_sub_(self.params, torch._foreach_mul(torch._foreach_div(self.mean, root), self.scale))
-
-
 class Agent(nn.Module):
     def __init__(self, sizes: tuple, expert: Batch, args: Args):
         """All inputs, and the model's outputs, are standardised by the demonstrations."""
@@ -347,9 +326,9 @@ class Agent(nn.Module):
         model.normalise_state.fit(expert.obs[:, model.columns])
         model.normalise_change.fit((expert.next_obs - expert.obs)[:, model.columns])
         self.target_value = copy.deepcopy(value).requires_grad_(False)
-        self.value_optimizer = Adam(self.actor.value.parameters(), args.value_lr)
-        self.model_optimizer = Adam(self.actor.model.parameters(), args.model_lr, weight_decay=1e-5)
-        self.clone_optimizer = Adam(self.actor.clone.parameters(), args.actor_lr)
+        self.value_optimizer = torch.optim.Adam(self.actor.value.parameters(), args.value_lr)
+        self.model_optimizer = torch.optim.Adam(self.actor.model.parameters(), args.model_lr, weight_decay=1e-5)
+        self.clone_optimizer = torch.optim.Adam(self.actor.clone.parameters(), args.actor_lr)
 
 
 # --------------------------------------------------------------------------------------- losses and updates
@@ -399,9 +378,11 @@ def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
 
 
-def adam_step(optimizer: Adam, loss: Tensor) -> Tensor:
+def adam_step(optimizer: torch.optim.Adam, loss: Tensor) -> Tensor:
     """One gradient step. Returns the loss."""
-    optimizer.step(torch.autograd.grad(loss, optimizer.params))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
     return loss.detach()
 
 
@@ -520,7 +501,7 @@ def train(args: Args) -> list[dict]:
     envs = [make_env(args.env_id) for _ in range(max(args.eval_envs, args.rl_episodes))]
     obs_dim, act_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
     demos = args.demos or f"demos/{args.env_id.replace('/', '-')}.npz"
-    expert, _, returns = load_demos(demos, envs[0], args.num_demos, 1, args.device)
+    expert, ends, returns = load_demos(demos, envs[0], args.num_demos, 1, args.device)
     expert_return = float(returns.mean())
     run_dir, state = open_run(args)
     sizes = (obs_dim, act_dim, tuple(layout), args.hidden_sizes, args.model_hidden_sizes, args.num_candidates)
@@ -530,7 +511,6 @@ def train(args: Args) -> list[dict]:
     start_time = time.time() - state.get("wall_time", 0)
     masks = [[float(column in columns) for column in range(obs_dim)] for columns in layout.perturbed]
     masks = torch.tensor(masks, device=args.device)  # [samples, obs_dim]
-    begins = torch.cat([torch.ones(1, device=args.device), expert.terminations[:-1]]) > 0  # rows of first states
     actor, oracle = agent.actor, "oracle" in args.algo
     writer = SummaryWriter(str(run_dir), purge_step=start_step)
 
@@ -544,7 +524,7 @@ def train(args: Args) -> list[dict]:
             row |= evaluate_side_by_side(actor, envs, args.eval_episodes, args.seed * 1_000_000 + step, oracle)
             row |= dict(expert_return=expert_return) | {name: float(value) for name, value in metrics.items()}
             with torch.no_grad():
-                row["value_at_starts"] = actor.value(expert.obs[begins]).mean().item()
+                row["value_at_starts"] = actor.value(expert.obs[[0, *ends[:-1]]]).mean().item()
             rows.append(row)
             log_updates(run_dir, rows, writer)
             policy = dict(actor=actor.state_dict(), sizes=(*sizes, actor.radius, actor.around_clone))
