@@ -6,7 +6,7 @@ where to go before it gets there itself; the actor's loss has a cloning term, to
 
     python hype.py --env-id Hopper-v4 --num-demos 1 --run-dir runs/a    # again: continues an interrupted run
 
-Expected of this: 95% of the expert's return after 7,500 steps, on Walker2d-v4 after 45,000. See docs/hype.md
+Expected of this: 95% of the expert's return after 7,500 steps. Other robots and methods: docs/hype.md
 """
 
 import copy
@@ -41,7 +41,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 100_000
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then faster (docs/speed.md)
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -54,7 +54,7 @@ class Args:
     num_demos: int = 10
     demo_subsample: int = 1  # use every k-th transition of them
     p_tremble: float = 0.0  # probability that a step takes a random action instead, also in evaluations of the run
-    reset_prob: float = 0.0  # probability, below 1, that a training episode starts at a demonstrated state
+    reset_prob: float = 0.0  # probability that a training episode starts at a demonstrated state
 
     # Cost (discriminator)
     cost_loss: Literal["moment", "logistic"] = "moment"  # moment matching, or GAIL's
@@ -76,7 +76,7 @@ class Args:
     actor_lr: float = 3e-4  # of the temperature too
     critic_lr: float = 1e-3
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
-    reset_until: int = 10_000  # until then episodes are cut at every 250th step, or robots learn lying on their back
+    reset_until: int = 10_000  # until then episodes are cut at the run's every 250th step, or robots learn lying down
 
 
 # What the methods change in the defaults above; a flag on the command line beats it.
@@ -275,7 +275,7 @@ class Critic(nn.Module):
 
 
 class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
+    """Adam in plain tensor operations (epsilon not bias-corrected): torch.compile makes one graph of an update."""
 
     def __init__(self, params, lr: float, beta1: float = 0.9):
         self.params, self.lr, self.beta1 = list(params), lr, beta1
@@ -330,7 +330,7 @@ class Cost(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics, and the mean Q. Next values are at least 0: below, falling would pay."""
+    """Soft Bellman error of both critics, and the mean Q. Next values are at least 0, as rewards are."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
@@ -372,7 +372,7 @@ def sac_update(agent: Agent, cost: Cost, batch: Batch, expert: Batch, noise: Ten
     agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
     pi_loss, entropy = actor_loss(agent, batch, expert, noise[1], args)
     agent.actor_optimizer.step(torch.autograd.grad(pi_loss, agent.actor_optimizer.params))
-    agent.alpha_optimizer.step([entropy + noise.shape[-1]])  # the gradient of alpha's loss: the target is -act_dim
+    agent.alpha_optimizer.step([entropy + noise.shape[-1]])  # gradient of log_alpha (entropy + act_dim)
     metrics = dict(critic=q_loss, actor=pi_loss, q=q, entropy=entropy, alpha=agent.log_alpha.exp())
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
@@ -487,7 +487,7 @@ def train(args: Args) -> list[dict]:
     cost = state.get("cost") or Cost(obs_dim, act_dim, args)
     buffer = state.get("buffer") or ReplayBuffer(1_000_000, obs_dim, act_dim, args.device)
     times = torch.cat([torch.arange(n, device=args.device) for n in np.diff(ends, prepend=0)])[:: args.demo_subsample]
-    visits = state.get("visits", torch.full_like(expert.rewards, 1e-6))  # of the learner near those times of an episode
+    visits = state.get("visits", torch.full_like(expert.rewards, 1e-6))  # of the learner within 12 steps of those times
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
     update, update_cost = compiled(sac_update, args), compiled(cost_update, args)
@@ -509,7 +509,7 @@ def train(args: Args) -> list[dict]:
         if step == args.total_timesteps:
             break
 
-        # Act: at random at first, then as the policy does; half of the episodes without noise
+        # Act: at random at first, then as the policy does, in half of the episodes (their seeds tell) without noise
         quiet = env_seed < 2**30
         action = agent.actor.act(obs, quiet) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
         next_obs, _, terminated, truncated, _ = env.step(action)
@@ -530,17 +530,17 @@ def train(args: Args) -> list[dict]:
                 batch = concat(sample(learner, args.batch_size - n_expert), expert_batch := sample(expert, n_expert))
                 noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
                 metrics |= update(agent, cost, batch, expert_batch, noise, args)
-            with torch.no_grad():
+            with torch.no_grad():  # an average over a quarter of the steps so far, at most ema_steps
                 weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
                 torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
-            # Cost: up on the learner's, down on the expert's rows of the times at which the learner was, or starts cost
+            # Cost: raised on learner rows, lowered on expert rows of times that the learner has reached, or starts cost
             index = torch.multinomial(visits, args.cost_batch_size, replacement=True)
-            expert_batch, learner_batch = Batch(*(x[index] for x in expert)), sample(learner, args.cost_batch_size)
+            cost_expert, cost_learner = Batch(*(x[index] for x in expert)), sample(learner, args.cost_batch_size)
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)
-            metrics["losses/cost"] = update_cost(cost, expert_batch, learner_batch, mix, args)
+            metrics["losses/cost"] = update_cost(cost, cost_expert, cost_learner, mix, args)
             if step % 100 == 0:
-                means = [cost.reward(data.obs[-1_000:], data.actions[-1_000:]).mean() for data in (expert, learner)]
+                means = [cost.reward(obs[-1_000:], a[-1_000:]).mean() for obs, a, *_ in (cost_expert, learner)]
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
 
         if terminated or truncated or (step < args.reset_until and (step + 1) % 250 == 0):

@@ -2,14 +2,14 @@
 
 Imitation as a game. The cost player learns a cost that is low on expert and high on learner transitions; the policy
 player maximises softplus(-cost) with SAC in a learned model. The dynamics ensemble and the rollouts' start states are
-hybrid: half expert, half learner. So the policy only has to compete with the expert and needs few real steps. Here
+hybrid: half expert, half learner. So it need not explore for every new cost: it starts where the expert was. Here
 half of SAC's batch is real, and the actor's loss has a cloning term, too.
 
     python hyper.py --env-id Ant-v4 --bf16                 # --bf16: faster on a CPU with bfloat16 (see lscpu)
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
-Expected with ten demonstrations: the expert's return on Hopper-v4 after 2,000 real steps, Ant-v4 and Walker2d-v4
-3,000; a step takes 50 to 75 ms on one core. Differences from the authors' code: docs/hyper.md
+Expected with ten demonstrations: first at 98% of the expert's return after 2,000 real steps on Hopper-v4, 3,000 on
+Ant-v4 and Walker2d-v4 (one seed each); a step takes 50 to 100 ms on one core. Results and the paper: docs/hyper.md
 """
 
 import copy
@@ -45,7 +45,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 20_000
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then faster (docs/speed.md)
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -69,11 +69,11 @@ class Args:
     model_every: int = 250  # steps between model fits, each followed by imagined rollouts
     model_first_batches: int = 1_500  # minibatches of the first fit, at most
     model_batches: int = 120  # of each later one
-    model_patience: int = 10  # stop a fit after so many epochs without improvement on held-out data
+    model_patience: int = 10  # stop a fit (in effect the first) after so many epochs without progress on held-out data
 
     # Imagined rollouts
     expert_start_prob: float = 0.5  # probability that a rollout starts at an expert state instead of a learner state
-    rollouts_per_step: int = 40
+    rollouts_per_step: int = 40  # that start at each fit, times model_every
     rollout_length: int = 1
     rollout_retain: int = 8  # model fits whose rollouts are kept
     rollout_noise: bool = False  # sample next states from the ensemble members' Gaussians instead of taking their means
@@ -98,7 +98,7 @@ class Args:
     actor_lr: float = 3e-4  # of the temperature too
     critic_lr: float = 1e-3
     ema_steps: int = 2_000  # the evaluated actor is an average of the training actor over about so many steps
-    reset_until: int = 10_000  # until then episodes are cut at every 250th step, or robots learn lying on their back
+    reset_until: int = 10_000  # until then episodes are cut at the run's every 250th step, or robots learn lying down
 
 
 # ---------------------------------------------------------------------------- environment, demonstrations, replay
@@ -297,7 +297,7 @@ class Critic(nn.Module):
 
 
 class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
+    """Adam in plain tensor operations (epsilon not bias-corrected): torch.compile makes one graph of an update."""
 
     def __init__(self, params, lr: float, beta1: float = 0.9, weight_decay: float = 0.0):
         self.params, self.lr, self.beta1, self.weight_decay = list(params), lr, beta1, weight_decay
@@ -390,7 +390,7 @@ class Cost(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------- losses
 def critic_loss(agent: Agent, batch: Batch, noise: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Soft Bellman error of both critics, and the mean Q. Next values are at least 0: below, falling would pay."""
+    """Soft Bellman error of both critics, and the mean Q. Next values are at least 0, as rewards are."""
     with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):
         with torch.no_grad():
             next_actions, next_log_prob = agent.actor.sample(batch.next_obs, noise)
@@ -436,7 +436,7 @@ def sac_update(agent: Agent, cost: Cost, batch: Batch, expert: Batch, noise: Ten
     agent.critic_optimizer.step(torch.autograd.grad(q_loss, agent.critic_optimizer.params))
     pi_loss, entropy = actor_loss(agent, batch, expert, noise[1], args)
     agent.actor_optimizer.step(torch.autograd.grad(pi_loss, agent.actor_optimizer.params))
-    agent.alpha_optimizer.step([entropy + noise.shape[-1]])  # the gradient of alpha's loss: the target is -act_dim
+    agent.alpha_optimizer.step([entropy + noise.shape[-1]])  # gradient of log_alpha (entropy + act_dim)
     metrics = dict(critic=q_loss, actor=pi_loss, q=q, entropy=entropy, alpha=agent.log_alpha.exp())
     return {f"losses/{name}": value.detach() for name, value in metrics.items()}
 
@@ -483,8 +483,8 @@ def compiled(function, args: Args, loop=None):
 def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, limit: int, args: Args) -> float:
     """Fits each member to its own bootstrap of the data, drawn in proportion to weights [n].
 
-    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. The fit also ends
-    after `limit` minibatches. Returns the held-out error.
+    A fifth is held out. Kept are the weights of the last epoch in which any member improved by 1% on it; elites are the
+    members of the least errors, each its best one. At most `limit` minibatches. Returns the mean of these errors.
     """
     inputs, targets = torch.cat([data.obs, data.actions], -1), data.next_obs - data.obs
     dynamics.normalise.fit(inputs)
@@ -498,11 +498,11 @@ def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tenso
         errors = (mean - targets[held_out]).square().mean(-1)
         return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
 
-    best_error, best_net = validate(), dynamics.net.state_dict()  # no copy: the trained weights, if none are better
-    batches = epochs_since_best = 0
+    best_error, best_net = validate(), dynamics.net.state_dict()  # no copy: without progress the last weights stay
+    size, batches, epochs_since_best = min(args.model_batch_size, len(train)), 0, 0
     while batches < limit and epochs_since_best < args.model_patience:
-        for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):
-            if len(columns) < args.model_batch_size or batches == limit:
+        for columns in torch.randperm(len(train), device=inputs.device).split(size):
+            if len(columns) < size or batches == limit:  # all minibatches have one size
                 break
             rows = train[draws[:, columns]]  # [members, batch]
             update(dynamics, inputs[rows], targets[rows], args)
@@ -629,7 +629,7 @@ def train(args: Args) -> list[dict]:
     rollouts = state.get("rollouts") or deque(maxlen=args.rollout_retain)
     imagined = concat(*rollouts) if rollouts else None
     times = torch.cat([torch.arange(n, device=args.device) for n in np.diff(ends, prepend=0)])[:: args.demo_subsample]
-    visits = state.get("visits", torch.full_like(expert.rewards, 1e-6))  # of the learner near those times of an episode
+    visits = state.get("visits", torch.full_like(expert.rewards, 1e-6))  # of the learner within 12 steps of those times
     rows, metrics, start_step = state.get("rows", []), state.get("metrics", {}), state.get("step", 0)
     start_time = time.time() - state.get("wall_time", 0)
     update, update_dynamics, update_cost = (compiled(f, args) for f in (sac_update, dynamics_update, cost_update))
@@ -651,7 +651,7 @@ def train(args: Args) -> list[dict]:
         if step == args.total_timesteps:
             break
 
-        # Act: at random at first, then as the policy does; half of the episodes without noise
+        # Act: at random at first, then as the policy does, in half of the episodes (their seeds tell) without noise
         quiet = env_seed < 2**30
         action = agent.actor.act(obs, quiet) if step >= args.learning_starts else 2 * torch.rand(act_dim).numpy() - 1
         next_obs, _, terminated, truncated, _ = env.step(action)
@@ -692,17 +692,17 @@ def train(args: Args) -> list[dict]:
                 batch = concat(sample(learner, n_real), expert_batch, imagined_batch)
                 noise = torch.randn(2, args.batch_size, act_dim, device=args.device)
                 metrics |= update(agent, cost, batch, expert_batch, noise, args)
-            with torch.no_grad():
+            with torch.no_grad():  # an average over a quarter of the steps so far, at most ema_steps
                 weight, moved = 1 / min(args.ema_steps, 1 + learning_step / 4), list(agent.ema_actor.parameters())
                 torch._foreach_lerp_(moved, list(agent.actor.parameters()), weight)
 
-            # Cost: up on the learner's, down on the expert's rows of the times at which the learner was, or starts cost
+            # Cost: raised on learner rows, lowered on expert rows of times that the learner has reached, or starts cost
             index = torch.multinomial(visits, args.cost_batch_size, replacement=True)
-            expert_batch, learner_batch = Batch(*(x[index] for x in expert)), sample(learner, args.cost_batch_size)
+            cost_expert, cost_learner = Batch(*(x[index] for x in expert)), sample(learner, args.cost_batch_size)
             mix = torch.rand(args.cost_batch_size, 1, device=args.device)
-            metrics["losses/cost"] = update_cost(cost, expert_batch, learner_batch, mix, args)
+            metrics["losses/cost"] = update_cost(cost, cost_expert, cost_learner, mix, args)
             if step % 100 == 0:
-                means = [cost.reward(data.obs[-1_000:], data.actions[-1_000:]).mean() for data in (expert, learner)]
+                means = [cost.reward(obs[-1_000:], a[-1_000:]).mean() for obs, a, *_ in (cost_expert, learner)]
                 metrics |= {"reward/expert": means[0], "reward/learner": means[1], "reward/gap": means[0] - means[1]}
 
         if terminated or truncated or (step < args.reset_until and (step + 1) % 250 == 0):

@@ -44,7 +44,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 151_000  # the steps of the cost's rollouts come on top; env_steps counts both
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then faster (docs/speed.md)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 1_000  # training steps; a checkpoint (up to 3 GB) is written at the end of an episode

@@ -51,7 +51,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 90_000
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then faster (docs/speed.md)
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -295,7 +295,7 @@ class Critic(nn.Module):
 
 
 class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
+    """Adam in plain tensor operations (epsilon not bias-corrected): torch.compile makes one graph of an update."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0):
         self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
@@ -528,8 +528,8 @@ def compiled(function, args: Args, loop=None):
 def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tensor, limit: int, args: Args) -> float:
     """Fits each member to its own bootstrap of the data, drawn in proportion to weights [n].
 
-    A fifth is held out: it stops the fit, picks the epoch whose weights are kept, ranks the members. The fit also ends
-    after `limit` minibatches. Returns the held-out error.
+    A fifth is held out. Kept are the weights of the last epoch in which any member improved by 1% on it; elites are the
+    members of the least errors, each its best one. At most `limit` minibatches. Returns the mean of these errors.
     """
     inputs, targets = torch.cat([data.obs, data.actions], -1), data.next_obs - data.obs
     dynamics.normalise.fit(inputs)
@@ -543,11 +543,11 @@ def fit_dynamics(dynamics: EnsembleDynamics, update, data: Batch, weights: Tenso
         errors = (mean - targets[held_out]).square().mean(-1)
         return (errors * weights[held_out]).sum(-1) / weights[held_out].sum()
 
-    best_error, best_net = validate(), dynamics.net.state_dict()  # no copy: the trained weights, if none are better
-    batches = epochs_since_best = 0
+    best_error, best_net = validate(), dynamics.net.state_dict()  # no copy: without progress the last weights stay
+    size, batches, epochs_since_best = min(args.model_batch_size, len(train)), 0, 0
     while batches < limit and epochs_since_best < args.model_patience:
-        for columns in torch.randperm(len(train), device=inputs.device).split(args.model_batch_size):
-            if len(columns) < args.model_batch_size or batches == limit:
+        for columns in torch.randperm(len(train), device=inputs.device).split(size):
+            if len(columns) < size or batches == limit:  # all minibatches have one size
                 break
             rows = train[draws[:, columns]]  # [members, batch]
             update(dynamics, inputs[rows], targets[rows], args)

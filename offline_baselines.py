@@ -48,7 +48,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 12_000  # gradient steps of the policy
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then faster (docs/speed.md)
     bf16: bool = False  # hidden layers in bfloat16; only fast on CPUs with avx512_bf16 or amx_bf16 (see lscpu)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
@@ -316,7 +316,7 @@ class DwbcDiscriminator(nn.Module):
 
 
 class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
+    """Adam in plain tensor operations (epsilon not bias-corrected): torch.compile makes one graph of an update."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0):
         self.params, self.lr, self.weight_decay = list(params), lr, weight_decay

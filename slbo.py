@@ -46,7 +46,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 80_000
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then less than twice as fast
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then faster (docs/speed.md)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 4_000  # steps; a checkpoint is written at the end of a stage
@@ -250,7 +250,7 @@ class Value(nn.Module):
 
 
 class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
+    """Adam in plain tensor operations (epsilon not bias-corrected): torch.compile makes one graph of an update."""
 
     def __init__(self, params, lr: float):
         self.params, self.lr = list(params), lr

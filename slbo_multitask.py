@@ -44,7 +44,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 80_000  # real steps of the training tasks: 20 tasks of 4,000
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then twice as fast or more
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile: a minute at the start, then faster (docs/speed.md)
     track: bool = False  # to Weights & Biases, into the project that WANDB_PROJECT names
     run_dir: str | None = None  # folder; one that holds a run is continued (a larger --total-timesteps lengthens it)
     checkpoint_every: int = 4_000  # steps; a checkpoint is written at the end of a stage or a held-out task
@@ -266,7 +266,7 @@ class Value(nn.Module):
 
 
 class Adam:
-    """torch.optim.Adam in plain tensor operations, so that torch.compile makes one graph of a whole update."""
+    """Adam in plain tensor operations (epsilon not bias-corrected): torch.compile makes one graph of an update."""
 
     def __init__(self, params, lr: float):
         self.params, self.lr = list(params), lr

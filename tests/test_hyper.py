@@ -179,6 +179,13 @@ def test_a_fit_learns_and_keeps_to_its_minibatches(most):
     torch.testing.assert_close(model.normalise.mean, torch.cat([data.obs, data.actions], -1).mean(0))
 
 
+def test_fewer_rows_than_a_minibatch_are_one():
+    seen, args = [], replace(ARGS, model_batch_size=32)
+    model = hyper.EnsembleDynamics(1, 1, args)
+    hyper.fit_dynamics(model, lambda _, x, *rest: seen.append(x.shape), counting(30), torch.ones(30), 3, args)
+    assert seen == 3 * [(7, 24, 2)]  # a fifth is held out
+
+
 def with_elites(forward=None) -> hyper.EnsembleDynamics:
     model = hyper.EnsembleDynamics(2, 1, ARGS)
     model.elites = torch.tensor([6, 0, 3, 2, 5])
