@@ -20,7 +20,7 @@ from benchmark import speed
 ROOT = Path(__file__).parents[1]
 # Methods side by side in a page's comparison and picture, and their names where those are not the variant's.
 COMPARED = {
-    "hype": "hyper/default hype/hype hype/hype-filter hype/filter hype/bc-reg hype/gail hype/mm hype/bc",
+    "hype": "hyper/default hype/ten hype/hype hype/hype-filter hype/filter hype/bc-reg hype/gail hype/mm hype/bc",
     "one": "hyper/one hyper/one-no-imagined-rows hype/one hype/one-gail bc/one",
     "fifty": "hyper/fifty hype/fifty hype/fifty-gail bc/fifty",
     "ablations": "hyper/fifty hyper/fifty-learner-model hyper/fifty-no-expert-starts hyper/fifty-neither"
@@ -28,7 +28,13 @@ COMPARED = {
     " hype/fifty hype/fifty-10-updates hype/fifty-mm",
     "sac_eo": "sac_eo/default sac_eo/sac bco_baseline/forward hyper/default hype/hype hype/bc",
 }
-NAMES = {"hyper/default": "HyPER", "hype/hype": "HyPE", "hype/hype-filter": "HyPE + FILTER", "hype/bc-reg": "BC-Reg"}
+NAMES = {
+    "hyper/default": "HyPER",
+    "hype/ten": "HyPE, today's default",
+    "hype/hype": "HyPE",
+    "hype/hype-filter": "HyPE + FILTER",
+    "hype/bc-reg": "BC-Reg",
+}
 NAMES |= {"hyper/": "HyPER", "hype/": "HyPE", "bc/": "BC"}  # of a protocol
 NAMES |= {"sac_eo/default": "SAC-EO", "sac_eo/sac": "SAC", "bco_baseline/forward": "BCO"}
 NAMES |= {f"hype/{variant}": variant.upper() for variant in ("gail", "mm", "filter", "bc")}
