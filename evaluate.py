@@ -63,6 +63,8 @@ def main(args: Args) -> None:
     data = getattr(env.unwrapped, "data", None)
     has_joints, has_state = hasattr(data, "qpos"), type(data).__module__.startswith("mujoco")
 
+    if args.record and args.p_tremble:
+        raise SystemExit("evaluate.py: --record would hold the intended actions, not those of the trembling hand")
     columns, states, returns, lengths, successes, episode, kept = {}, [], [], [], [], 0, 0
     while kept < args.episodes:
         if episode == 10 + 10 * args.episodes:

@@ -727,6 +727,7 @@ def train(args: Args) -> list[dict]:
 
         # Model: fit it to what both policies and the experts lived through, then imagine with both policies
         if imagines and learning_step >= 0 and learning_step % args.model_every == 0:
+            # relabelled[0]: the backward trips once, with the forward reward; `physical` cuts their goal off
             real = concat(forward_demos, relabelled[0], *(p.lived() for p in players.values()))
             drawn = torch.randperm(len(real.obs), device=args.device)[: args.model_rows]
             data = physical(Batch(*(column[drawn] for column in real)), state_dim, learned)

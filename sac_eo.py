@@ -8,7 +8,8 @@ disagree at the expert's states, the smaller the term's weight.
     python sac_eo.py --env-id dm_control/walker-walk-v0                          # 20 minutes on one core
     python sac_eo.py --env-id dm_control/walker-walk-v0 --eps-fixed 0            # SAC, the baseline
 
-Expected on walker-walk: 90% of the expert after 45,000 to 60,000 steps (SAC: 60,000 to 70,000). More: docs/sac_eo.md
+Expected on walker-walk: 90% of the expert after 40,000 to 60,000 steps, in one seed of six later (SAC: 60,000 to
+70,000). More: docs/sac_eo.md
 """
 
 import copy

@@ -122,9 +122,13 @@ def first_at(level: float, run: Curve) -> str:
     return ", ".join(f"{run.steps[seed.argmax()]:,}" if seed.any() else "never" for seed in reached)
 
 
+LAST = "last ten evaluations (of up to twenty the last third)"
+
+
 def last(run: Curve) -> np.ndarray:
-    """Each seed's mean of the last ten evaluations [seeds]; of cloning the last one."""
-    return run.values[:, -1 if run.offline else -10 :].mean(1)
+    """Each seed's mean of the last ten evaluations [seeds], of up to twenty the last third; of cloning the last one."""
+    n = 1 if run.offline else 10 if len(run.steps) > 20 else max(1, len(run.steps) // 3)
+    return run.values[:, -n:].mean(1)
 
 
 def editions(paths: list[Path]) -> str:
@@ -146,7 +150,7 @@ def result_table(script: str) -> str:
         row += [each(last(run), form), "-" if run.offline else each(run.values.mean(1), form)]
         row += ["-" if run.offline else first_at(level, run) for level in levels]
         rows.append([*row, f"{run.minutes:.0f}"])
-    head = f"environment, variant, seeds, edition, env steps, {unit}: last ten evaluations, all evaluations".split(", ")
+    head = f"environment, variant, seeds, edition, env steps, {unit}: {LAST}, all evaluations".split(", ")
     return markdown([*head, *(f"first at {level:.0%}" for level in levels), "minutes a run"], rows)
 
 
@@ -186,7 +190,7 @@ def comparison_table(page: str) -> str:
             if script != "hype" or "HyPER" not in name:
                 cells[name] = f"{last(run).mean():.0%}" + detail * (not run.offline)
     names = dict.fromkeys(name for cells in sorted(columns.values(), key=len, reverse=True) for name in cells)
-    head = "mean of the last ten evaluations, of all, of the expert's return (first at 90%, each seed)"
+    head = f"mean of the {LAST}, of all, of the expert's return (first at 90%, each seed)"
     return markdown([head, *columns], [[name, *(cells.get(name, "-") for cells in columns.values())] for name in names])
 
 

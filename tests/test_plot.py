@@ -36,10 +36,12 @@ def test_results_of_both_editions_of_different_lengths_and_without_an_expert(cur
     curves("hype/bc/Toy-v0/seed1", [70, 80], offline=True)
     bc, together, alone, beside = cells(plot.result_table("hype"))
     assert bc == ["Toy-v0", "bc", "1", "2", "20 updates", "80%", "-", "-", "2"]
-    assert together == ["Toy-v0", "hype", "2", "1+2", "20", "72%, 57%", "72%, 57%", "20, never", "2"]
-    assert alone == ["Toy-v0", "hype", "1", "1", "30", "88%", "88%", "20", "3"] and beside[5:8] == ["60%", "60%", "20"]
+    assert together == ["Toy-v0", "hype", "2", "1+2", "20", "95%, 85%", "72%, 57%", "20, never", "2"]
+    assert alone == ["Toy-v0", "hype", "1", "1", "30", "120%", "88%", "20", "3"] and beside[5:8] == ["90%", "60%", "20"]
     curves("sac/default/Toy-v0/seed1", [10, 80], expert="")
-    assert cells(plot.result_table("sac"))[0][5:] == ["45", "45", "2"]
+    assert cells(plot.result_table("sac"))[0][5:] == ["80", "45", "2"]
+    for n, mean in ((12, 10.5), (20, 17.5), (21, 16.5), (40, 35.5)):
+        assert plot.last(plot.curve([curves("hype/mm/Long-v0/seed1", range(1, n + 1), expert=1)])) == [mean]
 
 
 def test_held_out_tasks_by_the_number_of_training_tasks(tmp_path, monkeypatch):
@@ -87,7 +89,7 @@ def test_methods_side_by_side_after_the_fewest_steps(curves, page, names):
         for method, values in zip(names.split(), ([95], [50, 95, 99], [0, 20], [70, 80]), strict=True):
             curves(f"{method}/{env_id}/seed1", values, offline="bc" in method)
     table = plot.comparison_table(page)
-    expected = {"HyPE": "72%, all 72% (20)", "GAIL": "10%, all 10% (never)"}
+    expected = {"HyPE": "95%, all 72% (20)", "GAIL": "20%, all 10% (never)"}
     expected["BC"] = "80%"
     assert "Hopper-v4, 20 steps" in table and {row[0]: row[2] for row in cells(table)} == expected
 
