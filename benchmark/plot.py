@@ -40,6 +40,14 @@ NAMES |= {"sac_eo/default": "SAC-EO", "sac_eo/sac": "SAC", "bco_baseline/forward
 NAMES |= {f"hype/{variant}": variant.upper() for variant in ("gail", "mm", "filter", "bc")}
 # Pages with one demonstrated trajectory or every twentieth row of one, and the script that they belong to.
 PROTOCOLS = {"one": "hype", "fifty": "hype", "ablations": "hyper"}
+# README's table.
+ROBOTS = "Hopper-v4 Walker2d-v4 HalfCheetah-v4 Ant-v4 Humanoid-v4".split()
+SUMMARY = {
+    "ten trajectories": dict(HyPER="hyper/default", HyPE="hype/ten", BC="hype/bc"),
+    "ten, 1% random actions": dict(HyPER="hyper/tremble", HyPE="hype/tremble"),
+    "one trajectory": dict(HyPER="hyper/one", HyPE="hype/one", GAIL="hype/one-gail", BC="bc/one"),
+    "fifty rows of one": dict(HyPER="hyper/fifty", HyPE="hype/fifty", GAIL="hype/fifty-gail", BC="bc/fifty"),
+}
 # Variants with a line in the picture; the others stand in the table alone. Scripts that are not named draw all.
 DRAWN = dict(mbarl="mbarl medal fbrl naive oracle", sra_offline="sra uds romi forward bc", slbo_multitask="", maml="")
 DRAWN |= dict(vins="rl-from-vins rl-from-random", slbo="default mb-trpo mf-trpo mse sac", bc="")
@@ -209,6 +217,23 @@ def early_table(page: str) -> str:
     return markdown(["of the expert's return: mean over the steps, then each seed's last (BC: last)", *columns], rows)
 
 
+def summary_table(_: str) -> str:
+    """Of each method the last evaluations, a mean over seeds, and each seed's first step at 95% of the expert."""
+    rows = []
+    for demos, there in SUMMARY.items():
+        for name, method in there.items():
+            script, variant = method.split("/")
+            paths = [results(script).get((env_id, variant)) for env_id in ROBOTS]
+            runs = [curve(files) if files else None for files in paths]
+            steps = max(run.steps[-1] for run in runs if run)
+            cells = [
+                f"{last(run).mean():.0%}" + f" ({first_at(0.95, run)})" * (not run.offline) if run else "-"
+                for run in runs
+            ]
+            rows.append([demos, name, "0" if method.endswith("bc") or script == "bc" else f"{steps:,}", *cells])
+    return markdown(["demonstrations", "method", "real steps, at most", *ROBOTS], rows)
+
+
 def effect_table(script: str) -> str:
     """By how much the return differs between two values of one factor, over pairs of policies that share the others."""
     rows, names = [], ["start", "size", "rollout_length", "seed"]
@@ -274,7 +299,7 @@ def picture(file: str, panels: dict[str, dict[str, list[Path]]], unit: str) -> N
 
 
 TABLES = dict(results=result_table, comparison=comparison_table, effects=effect_table, held_out=held_out_table)
-TABLES["early"] = early_table
+TABLES |= dict(early=early_table, summary=summary_table)
 TABLES["speed"] = speed.table
 
 

@@ -111,6 +111,16 @@ def test_methods_over_the_steps_that_all_took(curves):
     assert ["BC", "9%"] in cells(plot.early_table("fifty"))
 
 
+def test_each_seeds_first_step_at_95_percent(curves, monkeypatch):
+    monkeypatch.setattr(plot, "SUMMARY", {"one": dict(HyPE="hype/one", BC="bc/one")})
+    curves("hype/one/Hopper-v4/seed1", [50, 94, 96, 80])
+    curves("hype/one/Hopper-v4/seed2", [50, 60, 70, 90])
+    curves("bc/one/Ant-v4/seed1", [70, 80], offline=True)
+    hype, bc = cells(plot.summary_table("all"))
+    assert hype == ["one", "HyPE", "40", "85% (30, never)", *"----"]
+    assert bc == ["one", "BC", "0", "-", "-", "-", "80%", "-"]
+
+
 def test_launcher_keeps_a_longer_curve(curves, tmp_path):
     run = curves("run/progress", [1, 2])
     (run.parent / "args.json").write_text(json.dumps(dict(script="sac", args=dict(env_id="a/Toy-v0"))))
