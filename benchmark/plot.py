@@ -225,12 +225,12 @@ def summary_table(_: str) -> str:
             script, variant = method.split("/")
             paths = [results(script).get((env_id, variant)) for env_id in ROBOTS]
             runs = [curve(files) if files else None for files in paths]
-            steps = max(run.steps[-1] for run in runs if run)
+            steps = max(0 if run.offline else run.steps[-1] for run in runs if run)
             cells = [
                 f"{last(run).mean():.0%}" + f" ({first_at(0.95, run)})" * (not run.offline) if run else "-"
                 for run in runs
             ]
-            rows.append([demos, name, "0" if method.endswith("bc") or script == "bc" else f"{steps:,}", *cells])
+            rows.append([demos, name, f"{steps:,}", *cells])
     return markdown(["demonstrations", "method", "real steps, at most", *ROBOTS], rows)
 
 
