@@ -2,8 +2,8 @@
 
 Imitation as a game. The cost player learns a cost that is low on expert and high on learner transitions; the policy
 player maximises softplus(-cost) with SAC in a learned model. The dynamics ensemble and the rollouts' start states are
-hybrid: half expert, half learner. So it need not explore for every new cost: it starts where the expert was. Here
-half of SAC's batch is real, and the actor's loss has a cloning term, too.
+hybrid: half expert, half learner. So the policy need not explore for every new cost: it starts where the expert was.
+Here half of SAC's batch is real, and the actor's loss has a cloning term, too.
 
     python hyper.py --env-id Ant-v4 --bf16                 # --bf16: faster on a CPU with bfloat16 (see lscpu)
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
