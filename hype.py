@@ -70,7 +70,7 @@ class Args:
     learning_starts: int = 1_000  # steps of uniformly random actions before learning starts
     updates_per_step: int = 1
     batch_size: int = 256
-    expert_ratio: float = 0.5  # share of expert transitions in a batch
+    expert_ratio: float = 0.5  # share of expert transitions in a batch; no more of them than there are
     bc_coef: float = 1_000.0  # weight of behaviour cloning of the batch's expert transitions in the actor's loss
     gamma: float = 0.99
     actor_lr: float = 3e-4  # of the temperature too
@@ -525,7 +525,7 @@ def train(args: Args) -> list[dict]:
 
         # Policy: SAC on learner and expert transitions, with the current cost's rewards
         if learning_step >= 0:
-            n_expert = round(args.expert_ratio * args.batch_size)
+            n_expert = min(round(args.expert_ratio * args.batch_size), len(expert.obs))
             for _ in range(args.updates_per_step):
                 batch = concat(sample(learner, args.batch_size - n_expert), expert_batch := sample(expert, n_expert))
                 noise = torch.randn(2, args.batch_size, act_dim, device=args.device)

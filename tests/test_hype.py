@@ -111,10 +111,10 @@ def test_without_expert_rows_nothing_is_cloned(script):
     assert script.actor_loss(agent, batch, transitions(8), noise, args)[0] > plain
 
 
-@pytest.mark.parametrize("algo,own,of_expert", [("hype", 8, 8), ("mm", 16, 0)])
-def test_what_a_batch_holds(algo, own, of_expert, tmp_path, monkeypatch):
-    """Expert and learner transitions, all with rewards from the cost as it is now."""
-    data, *_ = hype.load_demos(HOPPER, hype.make_env("Hopper-v4"), TINY.num_demos, 1, "cpu")
+@pytest.mark.parametrize("algo,subsample,own,of_expert", [("hype", 1, 8, 8), ("hype", 1_000, 12, 4), ("mm", 1, 16, 0)])
+def test_what_a_batch_holds(algo, subsample, own, of_expert, tmp_path, monkeypatch):
+    """Expert (as many as there are, at most) and learner transitions, all with rewards from the cost as it is now."""
+    data, *_ = hype.load_demos(HOPPER, hype.make_env("Hopper-v4"), TINY.num_demos, subsample, "cpu")
     shown, costs, rewards = set(keys(data.obs, data.actions)), [], []
     init, loss = hype.Cost.__init__, hype.critic_loss
 
@@ -127,7 +127,7 @@ def test_what_a_batch_holds(algo, own, of_expert, tmp_path, monkeypatch):
 
     monkeypatch.setattr(hype.Cost, "__init__", lambda self, *rest: [costs.append(self), init(self, *rest)][1])
     monkeypatch.setattr(hype, "critic_loss", watch)
-    hype.train(settings(algo, total_timesteps=100, cost_lr=0.01, run_dir=str(tmp_path)))
+    hype.train(settings(algo, demo_subsample=subsample, total_timesteps=100, cost_lr=0.01, run_dir=str(tmp_path)))
     assert len(rewards) == 41 and np.std(rewards) > 0.01
 
 
