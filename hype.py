@@ -1,8 +1,8 @@
 """HyPE: hybrid model-free inverse RL (Ren et al., "Hybrid Inverse Reinforcement Learning", arXiv 2402.08848).
 
 Imitation as a game. The cost player learns a cost that is low on expert and high on learner transitions; the policy
-player maximises softplus(-cost) with SAC. HyPE's batches are hybrid: half expert, half learner transitions, so SAC sees
-where to go before it gets there itself; the actor's loss has a cloning term, too. --algo picks one of the family.
+player maximises softplus(-cost) with SAC. HyPE's batches are hybrid: up to half expert, the rest learner transitions,
+so SAC sees where to go before it gets there itself. The actor's loss clones, too. --algo picks one of the family.
 
     python hype.py --env-id Hopper-v4 --num-demos 1 --run-dir runs/a    # again: continues an interrupted run
 
@@ -70,7 +70,7 @@ class Args:
     learning_starts: int = 1_000  # steps of uniformly random actions before learning starts
     updates_per_step: int = 1
     batch_size: int = 256
-    expert_ratio: float = 0.5  # share of expert transitions in a batch; no more of them than there are
+    expert_ratio: float = 0.5  # share of expert transitions in a batch; at most as many draws as there are
     bc_coef: float = 1_000.0  # weight of behaviour cloning of the batch's expert transitions in the actor's loss
     gamma: float = 0.99
     actor_lr: float = 3e-4  # of the temperature too
