@@ -25,7 +25,7 @@ COMPARED = {
     "fifty": "hyper/fifty hype/fifty hype/fifty-gail bc/fifty",
     "ablations": "hyper/fifty hyper/fifty-learner-model hyper/fifty-no-expert-starts hyper/fifty-neither"
     " hyper/fifty-no-imagined-rows hyper/fifty-no-expert-rows hyper/fifty-no-cloning"
-    " hype/fifty hype/fifty-10-updates-and-half-expert-rows hype/fifty-mm",
+    " hype/fifty hype/fifty-10-updates hype/fifty-mm",
     "sac_eo": "sac_eo/default sac_eo/sac bco_baseline/forward hyper/default hype/hype hype/bc",
 }
 NAMES = {
