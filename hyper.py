@@ -8,8 +8,8 @@ Here half of SAC's batch is real, and the actor's loss has a cloning term, too.
     python hyper.py --env-id Ant-v4 --bf16                 # --bf16: faster on a CPU with bfloat16 (see lscpu)
     python hyper.py --env-id Hopper-v4 --run-dir runs/a    # the same command again continues an interrupted run
 
-Expected with ten demonstrations: first at 95% of the expert's return after 2,000 real steps on Hopper-v4, Walker2d-v4,
-3,000 on Ant-v4, 9,000 on HalfCheetah-v4 (a seed each); a step takes 50 to 100 ms on one core. More: docs/hyper.md
+Expected with ten demonstrations: first at 95% of the expert's return after 2,000 real steps on Hopper-v4, 2,000 to
+6,000 on Walker2d-v4 and Ant-v4, 4,000 to 9,000 on HalfCheetah-v4, 50 to 100 ms a step on one core. More: docs/hyper.md
 """
 
 import copy
