@@ -111,7 +111,7 @@ def methods(page: str) -> dict[str, dict[str, list[Path]]]:
                 long = plain.replace("hyper/", "HyPER, ").replace("-", " ").replace("hype/", "HyPE, ")
                 name = NAMES.get(plain, long) if page in COMPARED else variant
                 found.setdefault(env_id, {})[name] = paths
-    least = 0 if page not in COMPARED else 3 if page == "ablations" else 2
+    least = 0 if page not in COMPARED else 4 if page == "ablations" else 2
     return {env_id: there for env_id, there in sorted(found.items()) if len(there) >= least}
 
 
