@@ -98,12 +98,16 @@ def test_methods_over_the_steps_that_all_took(curves):
     curves("hyper/fifty/Toy-v0/seed1", [0, 100, 100])  # at 100 from step 20 on
     curves("hyper/fifty-no-imagined-rows/Toy-v0/seed1", [20, 20, 20, 90])
     curves("hype/fifty-mm/Toy-v0/seed1", [45, 45, 45, 45])
+    for method in ("hyper/fifty", "hype/fifty", "hype/fifty-mm"):  # too few for a column of ablations
+        curves(f"{method}/Few-v0/seed1", [0, 10])
+    curves("hyper/fifty-no-cloning/Toy-v0/seed1", [0, 0, 0, 0])
     table = plot.early_table("ablations")
     assert "Toy-v0, 30 steps" in table
     # from 0 to 10 the first evaluation, to 20 the line between both, then 100: (0 + 50 + 100) / 3, on 101 steps 50.05
     assert cells(table) == [
         ["HyPER", "50%, then 100%"],
         ["HyPER, no imagined rows", "20%, then 20%"],
+        ["HyPER, no cloning", "0%, then 0%"],
         ["MM", "45%, then 45%"],
     ]
     curves("bc/fifty/Toy-v0/seed1", [7, 9], offline=True)
